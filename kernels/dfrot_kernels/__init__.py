@@ -1,0 +1,1 @@
+"""Quantization and Hadamard arithmetic: `reference` is the truth each kernel is held against."""
