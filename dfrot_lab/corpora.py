@@ -1,0 +1,442 @@
+"""Text corpora, split into calibration and evaluation, and cut into windows of token ids."""
+
+__all__ = ["CORPORA", "SPLITS", "CorpusError", "fingerprint", "load", "text"]
+
+import bz2
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from dfrot_lab import assets
+
+if TYPE_CHECKING:
+    from mwparserfromhell.nodes import Tag, Template
+    from mwparserfromhell.wikicode import Wikicode
+
+CORPORA: dict[str, str] = {
+    "demo": "96 English Wikipedia articles, cleaned to prose (demo asset, CC BY-SA 3.0)",
+    "lee": "300 short news articles (demo asset)",
+    "pydoc": "the help topics of this Python, technical prose (no download)",
+    "wikitext2": "WikiText-2 raw (Hugging Face hub)",
+    "c4": "the first documents of one shard of C4 (Hugging Face hub)",
+}
+SPLITS = ("calibration", "evaluation")
+
+SEPARATOR = "\n\n"  # between documents
+CALIBRATION_EVERY = 3  # documents 0, 3, 6, … calibrate, the others evaluate
+C4_DOCUMENTS = {"calibration": 4096, "evaluation": 1100}  # about 2 and 0.5 million tokens
+HUB_TIMEOUT = 3.0  # seconds
+CLEANER_VERSION = 1  # raise it whenever the cleaned text changes
+
+
+class CorpusError(ValueError):
+    """A corpus is unknown, unreachable or too short; the message says what to do."""
+
+
+def text(corpus: str, split: str) -> str:
+    """The text of one split of a corpus; documents are joined by a blank line.
+
+    Args:
+        corpus: one of
+            `demo`: Wikipedia articles of the demo asset, each a title line and its prose. Every
+            third article (0, 3, 6, …) calibrates, the others evaluate.
+            `lee`: news articles of the demo asset, split the same way.
+            `pydoc`: `pydoc_data.topics` in the order of their names, split the same way. The
+            text is that of the running Python and differs between its versions.
+            `wikitext2`: `Salesforce/wikitext`, `wikitext-2-raw-v1`: train calibrates, test
+            evaluates; rows joined by a blank line, as in the paper.
+            `c4`: `allenai/c4`: the first 4096 documents of the first train shard calibrate, the
+            first 1100 of the first validation shard evaluate.
+            A path to a UTF-8 text file: paragraphs, in order; the first half (by characters)
+            calibrates, the second evaluates.
+        split: `calibration` or `evaluation`; the two share no document.
+
+    Raises:
+        CorpusError: unknown corpus or split, an unreadable file, or an unreachable hub.
+        dfrot_lab.assets.AssetError: the demo asset is missing or damaged.
+    """
+    if split not in SPLITS:
+        raise CorpusError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    match corpus:
+        case "demo":
+            documents = [f"{a['title']}{SEPARATOR}{a['text']}" for a in _wikipedia()]
+        case "lee":
+            lines = assets.path("lee").read_text(encoding="utf-8").splitlines()
+            documents = [line.strip() for line in lines if line.strip()]
+        case "pydoc":
+            documents = _pydoc()
+        case "wikitext2" | "c4":
+            return SEPARATOR.join(_hub(corpus, split))
+        case _:
+            return _half_of_file(corpus, split)
+    calibration = split == "calibration"
+    chosen = [d for i, d in enumerate(documents) if (i % CALIBRATION_EVERY == 0) == calibration]
+    return SEPARATOR.join(chosen)
+
+
+def load(
+    corpus: str,
+    split: str,
+    tokenizer: Any,
+    *,
+    windows: int | None,
+    seqlen: int = 2048,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Windows of token ids, int64 [windows, seqlen].
+
+    The split's text is tokenized once, as one string and without special tokens: cutting it
+    into documents first would change the tokens at the seams.
+
+    Args:
+        corpus, split: as in `text`.
+        tokenizer: a transformers tokenizer.
+        windows: how many; None means all that fit, and needs `seed=None`.
+        seqlen: tokens per window.
+        seed: None gives the first windows, side by side, with the tail dropped (evaluation). A
+            number gives windows at offsets drawn uniformly from a generator of that seed; they
+            may overlap (calibration).
+
+    Raises:
+        CorpusError: as in `text`; windows or seqlen below 1; or fewer tokens than asked for.
+    """
+    if seqlen < 1 or (windows is not None and windows < 1):
+        raise CorpusError(f"windows={windows}, seqlen={seqlen}: use 1 or more of each")
+    if windows is None and seed is not None:
+        raise CorpusError(f"windows=None with seed={seed}: give a number of windows, or no seed")
+    # verbose=False: a text longer than the model's context is the point here, not a mistake.
+    ids = tokenizer(text(corpus, split), add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    needed = seqlen if seed is not None or windows is None else windows * seqlen
+    if len(tokens) < needed:
+        raise CorpusError(
+            f"corpus '{corpus}' ({split}) has {len(tokens)} tokens, {needed} needed "
+            f"(windows={windows}, seqlen={seqlen}): ask for fewer or shorter windows, "
+            "or use a longer corpus"
+        )
+    if seed is None:
+        count = windows or len(tokens) // seqlen
+        return tokens[: count * seqlen].reshape(count, seqlen).clone()
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - seqlen + 1, (windows,), generator=generator)
+    return tokens[starts[:, None] + torch.arange(seqlen)]
+
+
+def fingerprint(tokens: torch.Tensor) -> str:
+    """Hex SHA-256 of the token ids and their shape, for provenance.
+
+    The same on every machine: ids are hashed as little-endian int64 in row-major order.
+    """
+    ids = tokens.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False)
+    return hashlib.sha256(repr(tuple(tokens.shape)).encode() + ids.tobytes()).hexdigest()
+
+
+def _pydoc() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise CorpusError(
+            f"corpus 'pydoc': this Python ships no pydoc_data ({error}): use another corpus"
+        ) from error
+    return [topics[name].strip() for name in sorted(topics)]
+
+
+def _half_of_file(corpus: str, split: str) -> str:
+    file = Path(corpus).expanduser()
+    if not file.is_file():
+        raise CorpusError(
+            f"unknown corpus {corpus!r}: use one of {', '.join(CORPORA)}, "
+            "or the path of an existing UTF-8 text file"
+        )
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"cannot read corpus '{corpus}' ({error}): save it as UTF-8") from error
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", content) if p.strip()]
+    if len(paragraphs) < 2:
+        raise CorpusError(
+            f"corpus '{corpus}' has {len(paragraphs)} paragraphs, at least 2 needed to split it: "
+            "separate paragraphs by blank lines"
+        )
+    half, seen, cut = sum(map(len, paragraphs)) / 2, 0, 0
+    while seen < half and cut < len(paragraphs) - 1:
+        seen, cut = seen + len(paragraphs[cut]), cut + 1
+    chosen = paragraphs[:cut] if split == "calibration" else paragraphs[cut:]
+    return SEPARATOR.join(chosen)
+
+
+def _hub(corpus: str, split: str) -> list[str]:
+    """The rows of a hub corpus, from the hub or, where it cannot be reached, from its cache."""
+    if corpus == "wikitext2":
+        request = {
+            "path": "Salesforce/wikitext",
+            "name": "wikitext-2-raw-v1",
+            "split": "train" if split == "calibration" else "test",
+        }
+    else:
+        part = "train.00000-of-01024" if split == "calibration" else "validation.00000-of-00008"
+        key = "train" if split == "calibration" else "validation"
+        request = {
+            "path": "allenai/c4",
+            "data_files": {key: f"en/c4-{part}.json.gz"},
+            "split": f"{key}[:{C4_DOCUMENTS[split]}]",
+            "verification_mode": "no_checks",  # one shard, so the split sizes cannot match
+        }
+    why = _why_offline()
+    try:
+        import datasets
+
+        with _offline() if why else contextlib.nullcontext():
+            rows = datasets.load_dataset(**request)
+    except Exception as error:  # datasets raises many kinds; each means "no corpus"
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        state = f"{why} and it is not in the local cache" if why else "loading it failed"
+        raise CorpusError(
+            f"corpus '{corpus}' ({request['path']}, {split}): {state} ({reason}): "
+            "connect and try again, or use corpus=demo, which works offline"
+        ) from error
+    return list(rows["text"])
+
+
+def _why_offline() -> str | None:
+    """Why the hub is out of reach, None if it answers; takes `HUB_TIMEOUT` at most.
+
+    Asked first because datasets, without a network, retries for some 20 seconds.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    # The library reads the variable only when imported; a notebook may set it later.
+    flag = os.environ.get("HF_HUB_OFFLINE", "").upper()
+    if huggingface_hub.is_offline_mode() or flag in ("1", "ON", "YES", "TRUE"):
+        return "offline mode is set (HF_HUB_OFFLINE)"
+    answers: list[object] = []
+
+    def ask() -> None:
+        # Through the hub's own session, which knows about proxies; a HEAD carries no token.
+        with contextlib.suppress(Exception):
+            session = huggingface_hub.get_session()
+            answers.append(session.head(constants.ENDPOINT, timeout=HUB_TIMEOUT))
+
+    # In a thread because looking up a host name obeys no timeout.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_TIMEOUT)
+    return None if answers else f"the hub ({constants.ENDPOINT}) cannot be reached"
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Offline mode for one call; both libraries read the variable only when imported."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _wikipedia() -> list[dict[str, str]]:
+    """The demo articles, [{title, text}] in the order of the dump; cleaned once, then cached."""
+    source = assets.path("wikipedia")
+    digest = assets.ASSETS["wikipedia"].sha256[:12]
+    parser = version("mwparserfromhell")
+    cached = source.parent / f"wikipedia-{digest}-v{CLEANER_VERSION}-mwparserfromhell{parser}.json"
+    try:
+        if not cached.exists():
+            with FileLock(source.parent / ".clean.lock"):
+                if not cached.exists():  # another process may have written it meanwhile
+                    _write_json(cached, list(_articles(source)))
+        return json.loads(cached.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CorpusError(
+            f"corpus 'demo': cannot keep the cleaned text in {source.parent} ({error}): "
+            "free some space, or set DFROT_CACHE to a folder you can write to"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"corpus 'demo': {cached} is damaged ({error}): delete it") from error
+
+
+def _write_json(file: Path, value: object) -> None:
+    """Write `value` whole or not at all."""
+    # A folder rather than mkstemp, whose file others sharing the cache could not read.
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".clean-") as temp:
+        part = Path(temp) / file.name
+        with part.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, ensure_ascii=False, indent=0)
+        os.replace(part, file)
+
+
+def _articles(dump: Path) -> Iterator[dict[str, str]]:
+    """Articles of a MediaWiki dump: main namespace, no redirects, no disambiguation pages."""
+    import mwparserfromhell
+
+    with (
+        open(dump, "rb") as raw,
+        tqdm.wrapattr(raw, "read", total=dump.stat().st_size, desc="cleaning Wikipedia") as bar,
+        bz2.open(bar) as stream,
+    ):
+        for _, page in ElementTree.iterparse(stream):
+            if not page.tag.endswith("}page"):
+                continue
+            ns = page.tag.removesuffix("page")
+            markup = page.findtext(f"{ns}revision/{ns}text") or ""
+            if (
+                page.findtext(f"{ns}ns") == "0"
+                and page.find(f"{ns}redirect") is None
+                and not DISAMBIGUATION.search(markup)
+            ):
+                prose = _prose(mwparserfromhell.parse(_without_blocks(markup)))
+                if len(prose.split()) >= ARTICLE_WORDS:
+                    yield {"title": page.findtext(f"{ns}title") or "", "text": prose}
+            page.clear()
+
+
+# What the reader of an article does not read as its prose.
+DISAMBIGUATION = re.compile(r"\{\{\s*(disambig|disambiguation|hndis|geodis|given name)\b", re.I)
+DROPPED_SECTIONS = frozenset({
+    "see also", "references", "external links", "further reading", "notes", "bibliography",
+    "footnotes", "sources", "citations", "notes and references", "works cited", "gallery",
+    "filmography", "discography", "works", "selected works", "primary sources",
+    "explanatory notes", "other uses",
+})  # fmt: skip
+DROPPED_TAGS = frozenset({
+    "ref", "references", "table", "gallery", "timeline", "imagemap", "div", "source",
+    "syntaxhighlight", "score",
+})  # fmt: skip
+DROPPED_LINKS = re.compile(r"\s*(file|image|category|media|[a-z]{2,3}|simple)\s*:\S", re.I)
+UNSEEN = re.compile(r"<!--.*?-->|<ref\b[^>]*/>|<ref\b[^>]*>.*?</ref\s*>", re.I | re.S)
+TABLE = re.compile(r"^[:* \t]*\{\|(?:(?!^[:* \t]*\{\|).)*?^[ \t]*\|\}(?!\})", re.M | re.S)
+LEFTOVER = re.compile(r"\[\[|\]\]|\{\||</?ref\b|^\s*[|!}]", re.I)  # a line of broken markup
+ARTICLE_WORDS = 100  # shorter articles are lists or stubs
+HEADING, ITEM = "\x01", "\x02"  # mark the lines that are headings and list items
+ITEM_WORDS = 12  # shorter list items are names and links, not sentences
+SHOWN_TEMPLATES = {  # template name -> number of the argument that the reader sees
+    "lang": 2, "transl": 3, "quote": 1, "blockquote": 1, "cquote": 1, "nihongo": 1,
+    "nowrap": 1, "smaller": 1, "small": 1, "big": 1, "vanchor": 1, "sc": 1, "angbr": 1,
+    "frac": 1, "val": 1, "visible anchor": 1, "lang-ar": 1, "lang-sq": 1,
+}  # fmt: skip
+
+
+def _without_blocks(markup: str) -> str:
+    """The markup less comments, footnotes and tables, which the parser often fails to close."""
+    markup, found = UNSEEN.sub("", markup), 1
+    while found:  # innermost tables first
+        markup, found = TABLE.subn("", markup)
+    return markup
+
+
+def _prose(code: "Wikicode") -> str:
+    """Paragraphs and headings of one article, one a line."""
+    lines: list[str] = []
+    dropped_level = 0  # level of the section being dropped, 0 for none
+    for line in _render(code).splitlines():
+        if line.startswith(HEADING):
+            level, title = int(line[1]), _tidy(line[2:])
+            if dropped_level and level > dropped_level:
+                continue
+            dropped_level = level if title.lower() in DROPPED_SECTIONS else 0
+            if lines and lines[-1].startswith(HEADING):
+                lines.pop()  # a heading with no prose under it
+            if not dropped_level:
+                lines.append(HEADING + title)
+        elif not dropped_level:
+            words = _tidy(line)
+            short = line.startswith(ITEM) and len(words.split()) < ITEM_WORDS
+            if words and not short and not LEFTOVER.search(words):
+                lines.append(words)
+    if lines and lines[-1].startswith(HEADING):
+        lines.pop()
+    return "\n".join(line.removeprefix(HEADING) for line in lines)
+
+
+def _render(code: "Wikicode") -> str:
+    """What a reader sees of `code`, still untidy."""
+    from mwparserfromhell import nodes
+
+    parts: list[str] = []
+    for node in code.nodes:
+        match node:
+            case nodes.Text():
+                parts.append(node.value)
+            case nodes.Wikilink():
+                if not DROPPED_LINKS.match(str(node.title)):
+                    parts.append(_render(node.text or node.title))
+            case nodes.Heading():
+                title = _render(node.title).replace("\n", " ")
+                parts.append(f"\n{HEADING}{node.level}{title}\n")
+            case nodes.ExternalLink() if node.title is not None:
+                parts.append(_render(node.title))
+            case nodes.HTMLEntity():
+                parts.append(node.normalize())
+            case nodes.Template():
+                parts.append(_shown(node))
+            case nodes.Tag():
+                parts.append(_inside(node))
+            case _:
+                pass  # comments, template arguments, bare links
+    return "".join(parts)
+
+
+def _inside(tag: "Tag") -> str:
+    """The part of an HTML or list tag that reads as text."""
+    name = str(tag.tag).strip().lower()
+    if name in ("li", "dd", "dt") and tag.wiki_markup:
+        return ITEM
+    if name == "br":
+        return " "
+    if name in DROPPED_TAGS or tag.contents is None:
+        return ""
+    if name == "math":  # TeX, on one line
+        return str(tag.contents).replace("\n", " ")
+    return _render(tag.contents)
+
+
+def _shown(template: "Template") -> str:
+    """The part of a template that reads as text; most have none."""
+    name, _, value = str(template.name).strip().lower().partition(":")
+    args = [_render(p.value).strip() for p in template.params if not p.showkey]
+    match name:
+        case "convert" | "cvt":  # {{convert|5|km|mi}}, {{convert|5|to|9|km|mi}}
+            is_range = args[1:2] in (["to"], ["-"], ["–"], ["and"], ["x"])
+            shown = " ".join(args[: 4 if is_range else 2])
+        case "as of":
+            shown = ("as of " if template.has("lc") else "As of ") + " ".join(args)
+        case "formatnum":
+            shown = value
+        case "chem":
+            shown = "".join(args)
+        case "nbsp" | "spaces":
+            shown = " "
+        case _:
+            index = SHOWN_TEMPLATES.get(name, 0)
+            shown = args[min(index, len(args)) - 1] if index and args else ""
+    return shown
+
+
+def _tidy(line: str) -> str:
+    """One line without the gaps and marks that dropped markup leaves."""
+    line = line.strip(f"{ITEM}*#:; \t\xa0").replace("\xa0", " ").replace("'''", "")
+    line = re.sub(r"''|__[A-Z]+__|\u200b|\ufeff", "", line)
+    line = re.sub(r"\(\s*[;,:]?\s*(or|also)?[\s;,:/]*\)|\[\s*\]", "", line)
+    line = re.sub(r"\(\s*([;,:]\s*)*", "(", line)
+    line = re.sub(r"[;,:]?\s+\)", ")", line)
+    line = re.sub(r"[,;]\s*;", ";", line)
+    line = re.sub(r"\s+([,.;:!?])(?=\s|$)", r"\1", line)
+    return re.sub(r"\s+", " ", line).strip()
