@@ -1,0 +1,78 @@
+"""Metrics: perplexity over windows, paired differences with confidence intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfrot_lab import models
+
+__all__ = ["Perplexity", "paired_difference", "perplexity", "spread", "window_nll"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood a token; `nll` holds the mean of each window, in nats."""
+
+    nll: list[float]
+
+    @property
+    def value(self) -> float:
+        """exp(mean nll); inf where it overflows."""
+        mean = statistics.fmean(self.nll)
+        return math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
+
+
+@torch.inference_mode()
+def window_nll(model: nn.Module, window: Tensor, rows: int = 512) -> float:
+    """Mean −log p(token_i | tokens_<i) in nats over i = 1…n−1 of one window [n].
+
+    The head is applied to `rows` positions at a time: logits of a window would take 0.4 GB here, and
+    gigabytes for larger vocabularies.
+    """
+    device = next(model.parameters()).device
+    tokens = window[None].to(device)
+    base = model.get_submodule(models.architecture(model).layers.split(".")[0])
+    hidden = base(tokens, use_cache=False).last_hidden_state[0, :-1]
+    targets, lm_head, total = tokens[0, 1:], models.head(model), 0.0
+    for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
+        total += F.cross_entropy(lm_head(h).float(), y, reduction="sum").double().item()
+    return total / len(targets)
+
+
+def perplexity(model: nn.Module, tokens: Tensor) -> Perplexity:
+    """Perplexity on `tokens` [windows, seqlen], each window on its own, as in the paper."""
+    return Perplexity([window_nll(model, window) for window in tokens])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, sample standard deviation (0 for one value) and n."""
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "n": len(values),
+    }
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> dict[str, float]:
+    """Mean of a_i − b_i with its Student-t confidence interval; pairs share a window and a seed.
+
+    Raises ValueError for unequal lengths or fewer than two pairs.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(
+            f"{len(a)} and {len(b)} values: a paired interval needs two equal lists, ≥ 2 long"
+        )
+    d = [x - y for x, y in zip(a, b, strict=True)]
+    mean = statistics.fmean(d)
+    half = student.ppf((1 + confidence) / 2, len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(d)}

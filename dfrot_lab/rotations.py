@@ -1,0 +1,219 @@
+"""Rotation: random orthogonal and Hadamard matrices, and their merging into a model's weights.
+
+Activations are row vectors, x → xR with RRᵀ = I. A linear y = xWᵀ + b (W is [out, in]) that reads the
+rotated stream becomes W ← WR; one that writes it becomes W ← RᵀW, b ← bR (QuaRot; DFRot, Section 3.1).
+
+R1 [d, d] turns the residual stream and R2 [head_dim, head_dim] the values of every head: both vanish
+into weights. R4 is a Hadamard before down_proj, applied online; only its inverse is merged.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from dfrot_kernels import hadamard
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dfrot_lab import files, models
+
+__all__ = [
+    "START",
+    "RotationError",
+    "Rotations",
+    "check",
+    "composed_hadamard",
+    "identity",
+    "load",
+    "merge",
+    "orthogonality_error",
+    "random_hadamard",
+    "random_orthogonal",
+    "save",
+]
+
+TOLERANCE = 1e-10  # fp64 products of a few thousand terms stay below 1e-12; fp32 files do not
+
+
+class RotationError(ValueError):
+    """A matrix that is no rotation for this model; one line: what, which value, what to do."""
+
+
+def identity(d: int, seed: int = 0) -> Tensor:
+    """NR: no rotation, I [d, d] in fp64 (`seed` is there for a common signature)."""
+    return torch.eye(d, dtype=torch.float64)
+
+
+def random_orthogonal(d: int, seed: int = 0) -> Tensor:
+    """RO: Haar-distributed Q·diag(sign(diag T)) from the QR factors of a Gaussian, [d, d] fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    q, t = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    return q * t.diagonal().sign()
+
+
+def _signs(d: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (d,), generator=generator, dtype=torch.int64).double() * 2 - 1
+
+
+def random_hadamard(d: int, seed: int = 0) -> Tensor:
+    """RH: D·H, D = diag(±1) at random, H the normalized Hadamard of order d, [d, d] fp64.
+
+    Where no Hadamard of order d is constructed H is block-diagonal (`dfrot_kernels.hadamard.factor`).
+    """
+    return _signs(d, seed)[:, None] * hadamard.transform(torch.eye(d, dtype=torch.float64))
+
+
+def composed_hadamard(d: int, seed: int = 0, times: int = 2) -> Tensor:
+    """RH²: D₁·H·D₂·H, orthogonal and as cheap as RH, but without its structure; the falsification."""
+    r = identity(d)
+    for i in range(times):
+        r = r @ random_hadamard(d, seed * 1000 + i)
+    return r
+
+
+START = {
+    "NR": identity,
+    "RO": random_orthogonal,
+    "RH": random_hadamard,
+    "RH2": composed_hadamard,
+}
+
+
+def orthogonality_error(r: Tensor) -> float:
+    """max|RᵀR − I|, computed in fp64."""
+    r = r.double()
+    return (r.mT @ r - torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)).abs().max().item()
+
+
+def check(r: Tensor, d: int, name: str = "R1") -> Tensor:
+    """`r` itself if it is [d, d] and orthogonal to 1e-10; RotationError with the value otherwise."""
+    if tuple(r.shape) != (d, d):
+        raise RotationError(
+            f"{name} is {list(r.shape)} but the model needs [{d}, {d}]: "
+            "use a rotation made for this model"
+        )
+    error = orthogonality_error(r)
+    if not error <= TOLERANCE:
+        raise RotationError(
+            f"{name} is not orthogonal: max|RᵀR − I| = {error:.3g} > {TOLERANCE:g}; "
+            "project it with dfrot.polar or make it again in fp64"
+        )
+    return r
+
+
+def save(path: str | Path, r: Tensor, metadata: dict) -> Path:
+    """Write R [d, d] as fp64 safetensors with JSON metadata, atomically. Returns the path."""
+    check(r, r.shape[-1], "R")
+    with files.atomic(path) as partial:
+        save_file(
+            {"R": r.double().contiguous().cpu()},
+            partial,
+            metadata={"dfrot": json.dumps(metadata, sort_keys=True)},
+        )
+    return Path(path)
+
+
+def load(path: str | Path, d: int | None = None) -> tuple[Tensor, dict]:
+    """(R, metadata) from `save`; RotationError if missing, unreadable, of another size, skewed."""
+    if not Path(path).is_file():
+        raise RotationError(
+            f"rotation file {path} does not exist: make it with `dfrot-lab optimize`"
+        )
+    try:
+        with safe_open(path, framework="pt") as f:
+            r, metadata = f.get_tensor("R"), json.loads((f.metadata() or {}).get("dfrot", "{}"))
+    except Exception as error:  # safetensors raises its own type, and bad files take many forms
+        raise RotationError(
+            f"rotation file {path} cannot be read: {error}; make it again"
+        ) from error
+    return check(r, d or r.shape[-1], f"R in {path}"), metadata
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """What to merge: R1 [d, d]; R2 [head_dim, head_dim] for all layers; R4, a Hadamard, on or off."""
+
+    R1: Tensor | None = None
+    R2: Tensor | None = None
+    R4: bool = False
+
+    @classmethod
+    def standard(cls, model: nn.Module, R1: Tensor | None) -> Rotations:
+        """`R1` with Hadamard R2 and R4, as QuaRot and DFRot run; None: no rotation at all (NR)."""
+        if R1 is None:
+            return cls()
+        head_dim = models.layers(model)[0].module.self_attn.head_dim
+        return cls(R1=R1, R2=random_hadamard(head_dim), R4=True)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, rotations: Rotations) -> nn.Module:
+    """Merge `rotations` into the weights of a gain-folded `model`, in place, in fp64; returns it.
+
+    With R4 the model computes the original function only once the online Hadamard stands before
+    every down_proj (`quantized_model.build` puts it there). Raises RotationError for gains not folded,
+    a rotation already merged, or a matrix of another size or not orthogonal.
+    """
+    if not models.is_folded(model):
+        raise RotationError("RMSNorm gains are not folded: call models.fold_gains(model) first")
+    done = list(model.config.dfrot_merged)
+    if len(done) > 1:
+        raise RotationError(f"{done[1:]} already merged into this model: load it afresh")
+    parts = models.layers(model)
+    # all is checked before anything is changed
+    if rotations.R1 is not None:
+        check(rotations.R1, model.config.hidden_size, "R1")
+    if rotations.R2 is not None:
+        check(rotations.R2, parts[0].module.self_attn.head_dim, "R2")
+    if rotations.R1 is not None:
+        _merge_r1(model, rotations.R1.double())
+        done.append("R1")
+    if rotations.R2 is not None:
+        _merge_r2(model, rotations.R2.double())
+        done.append("R2")
+    if rotations.R4:
+        for layer in parts:
+            w = layer.mlp_output.weight
+            w.copy_(hadamard.transform(w.double()))
+        done.append("R4")
+    model.config.dfrot_merged = done
+    return model
+
+
+def _merge_r1(model: nn.Module, r: Tensor) -> None:
+    a = models.architecture(model)
+    readers, writers = [models.head(model)], []
+    for layer in models.layers(model):
+        readers += [*layer.attention_inputs.values(), *layer.mlp_inputs.values()]
+        writers += [layer.attention_output, layer.mlp_output]
+    for module in [model.get_submodule(a.embedding), *readers]:
+        w = module.weight
+        w.copy_(_product(w, r.to(w.device)))
+    for module in writers:
+        w, rt = module.weight, r.mT.to(module.weight.device)
+        w.copy_(rt @ w.double())
+        if module.bias is not None:
+            module.bias.copy_(rt @ module.bias.double())
+
+
+def _product(w: Tensor, r: Tensor, rows: int = 8192) -> Tensor:
+    """W·R in fp64, a block of rows at a time: an fp64 copy of a whole embedding is a gigabyte."""
+    return torch.cat([(block.double() @ r).to(w.dtype) for block in w.split(rows)])
+
+
+def _merge_r2(model: nn.Module, r: Tensor) -> None:
+    for layer in models.layers(model):
+        value, output = layer.attention_inputs["self_attn.v_proj"], layer.attention_output
+        size = layer.module.self_attn.head_dim
+        r = r.to(value.weight.device)
+        heads = value.weight.double().unflatten(0, (-1, size))  # [kv_heads, head_dim, d]
+        value.weight.copy_((r.mT @ heads).flatten(0, 1))
+        if value.bias is not None:
+            value.bias.copy_((value.bias.double().unflatten(0, (-1, size)) @ r).flatten())
+        columns = output.weight.double().unflatten(1, (-1, size))  # [d, heads, head_dim]
+        output.weight.copy_((columns @ r).flatten(1))
