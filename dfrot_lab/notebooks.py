@@ -1,0 +1,124 @@
+"""Notebooks: find one, check the parameters it is given, run it through papermill."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dfrot_lab import profiles
+from dfrot_lab.files import read_json
+
+__all__ = ["NotebookError", "find", "parameters", "run", "typed"]
+
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
+
+
+class NotebookError(ValueError):
+    """An unknown notebook or parameter, or a failed run; one line: what, which value, what to do."""
+
+
+def find(name: str, root: Path) -> Path:
+    """The notebook file for '03', '03_massive_tokens_fp16' or a path; NotebookError lists them."""
+    if name.endswith(".ipynb") and Path(name).is_file():
+        return Path(name)
+    folder = root / "notebooks"
+    stem = Path(name).stem
+    found = [p for p in sorted(folder.glob("*.ipynb")) if p.stem == stem or p.stem.split("_")[0] == stem]
+    if not found:
+        known = ", ".join(p.stem for p in sorted(folder.glob("[0-9]*.ipynb"))) or f"none in {folder}"
+        raise NotebookError(f"notebook {name!r} is unknown: use one of {known}")
+    return found[0]
+
+
+def parameters(notebook: Path) -> dict[str, tuple[str, Any]]:
+    """Name → (type, default) of the cell tagged 'parameters', read without running anything."""
+    cells = [
+        cell
+        for cell in read_json(notebook)["cells"]
+        if "parameters" in cell.get("metadata", {}).get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise NotebookError(f"{notebook} has {len(cells)} cells tagged 'parameters': it needs exactly one")
+    found = {}
+    for node in ast.parse("".join(cells[0]["source"])).body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            raise NotebookError(f"{notebook}: each parameter must read `name: type = value`")
+        kind = ast.unparse(node.annotation).split("[")[0]
+        # float("inf") is the one default that is no literal
+        text = ast.unparse(node.value).replace("float('inf')", "1e999")
+        found[node.target.id] = (kind, ast.literal_eval(text))
+    return found
+
+
+def typed(name: str, value: Any, kind: str) -> Any:
+    """`value` (text from a command line, or YAML) as the parameter's type; NotebookError if it is not."""
+    wanted = _TYPES.get(kind)
+    if isinstance(value, str) and wanted is not str:
+        try:
+            value = float(value) if wanted is float else yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            raise NotebookError(f"parameter {name} = {value!r} is not of type {kind}") from None
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
+        raise NotebookError(f"parameter {name} = {value!r} is not of type {kind}")
+    return value
+
+
+def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The profile's values, overridden by `given`, each checked against the notebook's parameters."""
+    known = parameters(notebook)
+    for name in given:
+        if name not in known:
+            raise NotebookError(
+                f"{notebook.stem} has no parameter {name!r}: use one of {', '.join(sorted(known))}"
+            )
+    values = profiles.notebook_parameters(profile, notebook.stem, set(known)) if profile else {}
+    return {name: typed(name, value, known[name][0]) for name, value in (values | given).items()}
+
+
+class _Lines:
+    """A text stream that turns tqdm's carriage returns into lines with the notebook's name in front."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.rest = label, ""
+
+    def write(self, text: str) -> None:
+        *lines, self.rest = (self.rest + text.replace("\r", "\n")).split("\n")
+        for line in filter(str.strip, lines):
+            print(f"[{self.label}] {line}", file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def run(notebook: Path, values: dict[str, Any], output: Path, root: Path) -> Path:
+    """Execute `notebook` with `values`, kernel in `root`; returns the executed notebook's path.
+
+    The executed notebook grows cell by cell and stays, with its traceback, when a cell fails; then
+    NotebookError names the cell's last line and the file.
+    """
+    import papermill
+    from jupyter_client.manager import KernelManager
+    from papermill.exceptions import PapermillExecutionError
+
+    # ipykernel ≥ 7.3 warns about unencrypted TCP unless told to choose; older clients lack the trait
+    if KernelManager.class_traits().get("transport_encryption") is not None:
+        KernelManager.transport_encryption = "auto"
+    os.environ.setdefault("TQDM_MININTERVAL", "10")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stream = _Lines(notebook.stem.split("_")[0])
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(output), parameters=values, cwd=str(root), kernel_name="python3",
+            progress_bar=False, stdout_file=stream, stderr_file=stream,
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        what = f"{error.ename}: {error.evalue}".splitlines()[0]
+        raise NotebookError(f"{notebook.stem} failed: {what} (traceback in {output})") from error
+    return output

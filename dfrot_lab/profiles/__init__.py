@@ -1,0 +1,53 @@
+"""Profiles: named sets of notebook parameters, one YAML file each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["ProfileError", "load", "names", "notebook_parameters"]
+
+_HERE = Path(__file__).parent
+_SECTIONS = {"common", "notebooks", "rotations"}
+
+
+class ProfileError(ValueError):
+    """A profile that is unknown or malformed; one line: what, which value, what to do."""
+
+
+def names() -> list[str]:
+    """The profiles that come with the package."""
+    return sorted(p.stem for p in _HERE.glob("*.yml"))
+
+
+def path(profile: str) -> Path:
+    """The YAML file of a packaged profile, or of a profile given as a path."""
+    file = Path(profile) if profile.endswith((".yml", ".yaml")) else _HERE / f"{profile}.yml"
+    if not file.is_file():
+        raise ProfileError(f"profile {profile!r} is unknown: use {', '.join(names())}, or a .yml file")
+    return file
+
+
+def load(profile: str) -> dict[str, Any]:
+    """The profile as a dict with 'common', 'notebooks' and 'rotations'."""
+    content = yaml.safe_load(path(profile).read_text()) or {}
+    unknown = set(content) - _SECTIONS
+    if unknown:
+        raise ProfileError(
+            f"profile {profile!r} has unknown sections {sorted(unknown)}: use {sorted(_SECTIONS)}"
+        )
+    return {section: content.get(section) or {} for section in _SECTIONS}
+
+
+def notebook_parameters(profile: str, notebook: str, known: set[str]) -> dict[str, Any]:
+    """What `profile` sets for `notebook`; ProfileError if it names a parameter it does not have."""
+    content = load(profile)
+    own = content["notebooks"].get(notebook, {})
+    if set(own) - known:
+        raise ProfileError(
+            f"profile {profile!r} sets {sorted(set(own) - known)} for {notebook}, which has no such "
+            f"parameter: use {sorted(known)}"
+        )
+    return {k: v for k, v in content["common"].items() if k in known} | own

@@ -1,0 +1,1 @@
+"""Studies: the measurement behind each notebook, a function from a `Lab` to a plain result."""

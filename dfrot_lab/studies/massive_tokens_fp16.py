@@ -1,0 +1,172 @@
+"""Study 03: how much of the RO–RH gap goes when massive tokens alone are kept in floating point."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tqdm import tqdm
+
+from dfrot_lab.evaluation import Perplexity, paired_difference, spread
+from dfrot_lab.lab import Lab
+from dfrot_lab.results import Claim
+
+__all__ = ["claims", "closed_share", "exempted", "paired", "perplexities", "summary", "table"]
+
+
+def perplexities(
+    lab: Lab, rows: list[list[str]], seeds: list[int], windows: int, bits: str
+) -> list[dict[str, Any]]:
+    """`Lab.perplexity` for every [rotation, keep] of `rows` and every seed (FP and NR have none)."""
+    grid = [(n, k, s) for n, k in rows for s in (seeds if n not in ("FP", "NR") else seeds[:1])]
+    bar = tqdm(grid, desc="perplexity", unit="row")
+    out = []
+    for name, keep, seed in bar:
+        bar.set_postfix_str(f"{name} keep={keep} seed={seed}")
+        out.append(lab.perplexity(name, seed, bits=bits, keep=keep, windows=windows))
+    return out
+
+
+def summary(lab: Lab, rows: list[dict[str, Any]], side: list[dict[str, Any]]) -> dict[str, Any]:
+    """The notebook's result, without its claims: rows, table, share closed, what was kept."""
+    return {
+        "rows": rows,
+        "side": side,
+        "table": table(rows),
+        "closed": closed_share(rows),
+        "exempted": exempted(rows, lab.activations.sites, lab.seqlen),
+        "first_token": first_token(rows, side),
+    }
+
+
+def first_token(rows: list[dict[str, Any]], side: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Perplexity with the first token alone kept, beside the other choices on the same windows."""
+    out = []
+    for r in side:
+        n = len(r["nll"])
+        same = {x["keep"]: x["nll"][:n] for x in rows if (x["rotation"], x["seed"]) == (r["rotation"], r["seed"])}
+        values = same | {r["keep"]: r["nll"]}
+        row = {keep: Perplexity(nll).value for keep, nll in values.items()}
+        out.append({"rotation": r["rotation"], "seed": r["seed"], "windows": n} | row)
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean ± sd over seeds of the perplexity of each (rotation, keep, bits, gamma)."""
+    groups: dict[tuple, list[float]] = {}
+    for r in rows:
+        key = (r["rotation"], r["keep"], r["bits"], r["gamma"])
+        groups.setdefault(key, []).append(float(r["ppl"]))
+    names = ("rotation", "keep", "bits", "gamma")
+    return [dict(zip(names, key, strict=True)) | spread(v) for key, v in groups.items()]
+
+
+def closed_share(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """1 − (RO.kept − RH.kept)/(RO − RH) in perplexity: by seed, mean ± sd, and of the means."""
+    ppl = {(r["rotation"], r["keep"], r["seed"]): float(r["ppl"]) for r in rows}
+    seeds = sorted({r["seed"] for r in rows if r["rotation"] == "RO" and r["keep"] == "massive"})
+
+    def share(get) -> float:
+        gap = get("RO", "none") - get("RH", "none")
+        return 1 - (get("RO", "massive") - get("RH", "massive")) / gap if gap else float("nan")
+
+    per_seed = [share(lambda n, k, s=s: ppl[n, k, s]) for s in seeds]
+    of_means = share(lambda n, k: sum(ppl[n, k, s] for s in seeds) / len(seeds))
+    return {"by_seed": per_seed, "of_means": of_means} | spread(per_seed)
+
+
+def exempted(rows: list[dict[str, Any]], sites: tuple[str, ...], seqlen: int) -> list[dict[str, Any]]:
+    """For each rotation, first seed: how many (token, site) pairs were kept, which tokens, where.
+
+    share: of all (token, site) pairs; by_site in order of the sites; by_token: the ten most frequent.
+    """
+    out = []
+    for r in rows:
+        if r["keep"] != "massive" or r["seed"] != min(x["seed"] for x in rows):
+            continue
+        tokens, by_site, by_position = Counter(), Counter(), Counter()
+        for _, position, text, where in r["kept"]:
+            tokens[text] += len(where)
+            by_position["first" if position == 0 else "later"] += len(where)
+            by_site.update(where)
+        total = sum(by_site.values())
+        pairs = len(sites) * r["windows"] * seqlen
+        out.append(
+            {
+                "rotation": r["rotation"],
+                "pairs": total,
+                "share": total / pairs,
+                "tokens": len(r["kept"]),
+                "token_share": len(r["kept"]) / (r["windows"] * seqlen),
+                "by_site": [by_site[s] for s in sites],
+                "by_position": dict(by_position),
+                "by_token": tokens.most_common(10),
+            }
+        )
+    return out
+
+
+def claims(result: dict[str, Any]) -> list[Claim]:
+    """The closing table of notebook 03; every rule compares means over seeds."""
+    mean = {(r["rotation"], r["keep"]): r["mean"] for r in result["table"]}
+    sd = {(r["rotation"], r["keep"]): r["sd"] for r in result["table"]}
+    closed, gap = result["closed"], mean["RO", "none"] - mean["RH", "none"]
+    out = [
+        Claim(
+            "Without rotation 4-bit activations fail",
+            "NaN or Inf (Table 1)",
+            f"NR {mean['NR', 'none']:.0f} against FP {mean['FP', 'none']:.2f}",
+            "NR at least 10 × FP",
+            mean["NR", "none"] >= 10 * mean["FP", "none"],
+        ),
+        Claim(
+            "RO is clearly worse than RH",
+            "7.71 → 6.20 LLaMA2-7B, 10.15 → 8.02 LLaMA3-8B (Table 1, 4-4-16)",
+            f"RO {mean['RO', 'none']:.2f} ± {sd['RO', 'none']:.2f}, RH {mean['RH', 'none']:.2f} ± {sd['RH', 'none']:.2f}",
+            "RO − RH above twice the larger sd",
+            gap > 2 * max(sd["RO", "none"], sd["RH", "none"]),
+        ),
+        Claim(
+            "Keeping massive tokens closes the gap",
+            "7.71/6.20 → 6.10/6.10, 100 % (LLaMA2-7B); 100 % (LLaMA3-8B)",
+            f"{mean['RO', 'massive']:.2f}/{mean['RH', 'massive']:.2f}: {closed['of_means']:.0%} closed",
+            "at least half of RO − RH closed (the paper: all of it)",
+            closed["of_means"] >= 0.5,
+        ),
+        Claim(
+            "It closes all of the gap",
+            "RO.FP16 = RH.FP16 within 0.02 (Table 1)",
+            f"left: {mean['RO', 'massive'] - mean['RH', 'massive']:.2f}",
+            "RO.kept − RH.kept at most 10 % of RO − RH",
+            mean["RO", "massive"] - mean["RH", "massive"] <= 0.1 * gap,
+        ),
+        Claim(
+            "Structure, not orthogonality, is the cause",
+            "not tested; composed Hadamards should behave like RO",
+            f"RH² {mean['RH2', 'none']:.2f} ± {sd['RH2', 'none']:.2f}",
+            "RH² nearer to RO than to RH",
+            abs(mean["RH2", "none"] - mean["RO", "none"]) < abs(mean["RH2", "none"] - mean["RH", "none"]),
+        ),
+    ]
+    exempt = {r["rotation"]: r for r in result["exempted"]}
+    share = exempt["RO"]["share"]
+    out.append(
+        Claim(
+            "Massive tokens are about one in a thousand",
+            "about 0.1 % of tokens",
+            f"{share:.2%} of (token, site) pairs, {exempt['RO']['token_share']:.1%} of tokens at some site",
+            "0.01 % to 1 % of the pairs",
+            1e-4 <= share <= 1e-2,
+        )
+    )
+    return out
+
+
+def paired(rows: list[dict[str, Any]], a: tuple[str, str], b: tuple[str, str]) -> dict[str, Any]:
+    """Interval of nll(a) − nll(b) over (seed, window) pairs; a, b = (rotation, keep)."""
+    nll = {
+        (r["rotation"], r["keep"], r["seed"], i): v for r in rows for i, v in enumerate(r["nll"])
+    }
+    keys = sorted((s, i) for n, k, s, i in nll if (n, k) == a and (*b, s, i) in nll)
+    left, right = ([nll[(*c, *key)] for key in keys] for c in (a, b))
+    return {"a": " ".join(a), "b": " ".join(b)} | paired_difference(left, right)
