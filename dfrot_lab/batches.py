@@ -37,7 +37,9 @@ def run(profile: str, root: Path, cores: str, memory: int) -> int:
         "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "rules", "host",
     ]  # fmt: skip
     # jobs call `dfrot-lab`: the one beside this interpreter, whatever is first on the PATH
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    }
     try:
         with FileLock(folder / ".batch.lock", timeout=0):
             child = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True)

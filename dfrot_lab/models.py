@@ -29,6 +29,7 @@ __all__ = [
     "architecture",
     "fold_gains",
     "head",
+    "identity",
     "is_folded",
     "layers",
     "load",
@@ -213,6 +214,20 @@ def load(
     architecture(model)
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
     return fold_gains(model) if fold else model
+
+
+def identity(model_id: str) -> str:
+    """What `model_id` names, for the keys of kept results: changes when the files behind it do.
+
+    A packaged asset's SHA-256; names, sizes and times of a local folder or file; else the id itself.
+    """
+    if model_id == "demo":
+        return assets.ASSETS["smollm2"].sha256
+    path = Path(model_id)
+    if not path.exists():
+        return model_id
+    parts = sorted(path.iterdir()) if path.is_dir() else [path]
+    return str([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts if p.is_file()])
 
 
 def load_tokenizer(model_id: str, *, revision: str | None = None):

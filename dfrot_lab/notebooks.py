@@ -28,9 +28,13 @@ def find(name: str, root: Path) -> Path:
         return Path(name)
     folder = root / "notebooks"
     stem = Path(name).stem
-    found = [p for p in sorted(folder.glob("*.ipynb")) if p.stem == stem or p.stem.split("_")[0] == stem]
+    found = [
+        p for p in sorted(folder.glob("*.ipynb")) if p.stem == stem or p.stem.split("_")[0] == stem
+    ]
     if not found:
-        known = ", ".join(p.stem for p in sorted(folder.glob("[0-9]*.ipynb"))) or f"none in {folder}"
+        known = (
+            ", ".join(p.stem for p in sorted(folder.glob("[0-9]*.ipynb"))) or f"none in {folder}"
+        )
         raise NotebookError(f"notebook {name!r} is unknown: use one of {known}")
     return found[0]
 
@@ -43,7 +47,9 @@ def parameters(notebook: Path) -> dict[str, tuple[str, Any]]:
         if "parameters" in cell.get("metadata", {}).get("tags", [])
     ]
     if len(cells) != 1:
-        raise NotebookError(f"{notebook} has {len(cells)} cells tagged 'parameters': it needs exactly one")
+        raise NotebookError(
+            f"{notebook} has {len(cells)} cells tagged 'parameters': it needs exactly one"
+        )
     found = {}
     for node in ast.parse("".join(cells[0]["source"])).body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
@@ -65,7 +71,9 @@ def typed(name: str, value: Any, kind: str) -> Any:
             raise NotebookError(f"parameter {name} = {value!r} is not of type {kind}") from None
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
+    if wanted is not None and (
+        not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)
+    ):
         raise NotebookError(f"parameter {name} = {value!r} is not of type {kind}")
     return value
 
@@ -89,7 +97,8 @@ class _Lines:
         self.label, self.rest = label, ""
 
     def write(self, text: str) -> None:
-        *lines, self.rest = (self.rest + text.replace("\r", "\n")).split("\n")
+        text = text.replace("\r", "\n").replace("\x1b[A", "")  # tqdm moves up between nested bars
+        *lines, self.rest = (self.rest + text).split("\n")
         for line in filter(str.strip, lines):
             print(f"[{self.label}] {line}", file=sys.stderr, flush=True)
 

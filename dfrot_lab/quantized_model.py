@@ -19,7 +19,15 @@ from dfrot_lab import massive, models, rotations
 from dfrot_lab.quantizers import QuantSpec, fake_quantize, round_to_nearest
 from dfrot_lab.rotations import Rotations
 
-__all__ = ["KEEP", "InputQuantizer", "ModelSpec", "QuantLinear", "build", "drain_kept", "kept_tokens"]
+__all__ = [
+    "KEEP",
+    "InputQuantizer",
+    "ModelSpec",
+    "QuantLinear",
+    "build",
+    "drain_kept",
+    "kept_tokens",
+]
 
 KEEP = ("none", "massive", "first")
 
@@ -46,7 +54,6 @@ class ModelSpec:
                 f"weights are per 'channel' or 'group', not {self.weights.granularity!r}"
             )
 
-
     @classmethod
     def of(cls, bits: str, **options) -> ModelSpec:
         """From the field's W-A-KV notation: '4-4-16' is 4-bit weights and activations, KV as it is.
@@ -57,7 +64,9 @@ class ModelSpec:
         try:
             w, a, kv = (int(part) for part in bits.split("-"))
         except ValueError:
-            raise ValueError(f"bits = {bits!r}: use W-A-KV, such as '4-4-16' or '16-4-16'") from None
+            raise ValueError(
+                f"bits = {bits!r}: use W-A-KV, such as '4-4-16' or '16-4-16'"
+            ) from None
         if kv != 16:
             raise ValueError(f"bits = {bits!r}: the KV cache is not quantized yet, use KV = 16")
         return cls(
@@ -80,6 +89,7 @@ class InputQuantizer(nn.Module):
         self._last: tuple[Tensor, Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Q(x); the readers after the first are given the same tensor."""
         if self.spec is None:
             return x
         if self._last is not None and self._last[0] is x:
@@ -114,6 +124,7 @@ class QuantLinear(nn.Module):
         self.quantizer, self.online_hadamard = quantizer, online_hadamard
 
     def forward(self, x: Tensor) -> Tensor:
+        """The linear's output, from its quantized input."""
         if self.online_hadamard:
             x = hadamard.transform(x)
         return F.linear(self.quantizer(x), self.weight, self.bias)

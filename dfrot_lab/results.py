@@ -22,7 +22,16 @@ from dfrot_lab import files
 
 __all__ = ["Claim", "ResultError", "code_digest", "load", "provenance", "rounded", "save"]
 
-PACKAGES = ("torch", "transformers", "numpy", "scipy", "matplotlib", "gguf", "tokenizers", "dfrot-lab")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "numpy",
+    "scipy",
+    "matplotlib",
+    "gguf",
+    "tokenizers",
+    "dfrot-lab",
+)
 _STARTED = time.monotonic()
 
 
@@ -41,13 +50,18 @@ class Claim:
     agrees: bool
 
 
-def save(folder: str | Path, result: dict[str, Any], parameters: dict[str, Any], about: dict | None = None) -> Path:
+def save(
+    folder: str | Path,
+    result: dict[str, Any],
+    parameters: dict[str, Any],
+    about: dict | None = None,
+) -> Path:
     """Write `result` and its provenance into `folder`, result last; returns the result's path.
 
     Claims may be given as `Claim`. Each file is written atomically: whole or not at all.
     """
-    folder = Path(folder)
-    result = dict(result)
+    folder, result = Path(folder), dict(result)
+    parameters = {k: v for k, v in parameters.items() if k != "folder"}  # where is not what
     result["claims"] = [asdict(c) if isinstance(c, Claim) else c for c in result.get("claims", [])]
     result["parameters"] = parameters
     files.write_json(folder / "provenance.json", provenance(parameters) | {"inputs": about or {}})
@@ -60,9 +74,13 @@ def load(folder: str | Path) -> dict[str, Any]:
     try:
         return files.read_json(path)
     except FileNotFoundError:
-        raise ResultError(f"{path} does not exist: run its notebook first (`make figures`)") from None
+        raise ResultError(
+            f"{path} does not exist: run its notebook first (`make figures`)"
+        ) from None
     except ValueError as error:
-        raise ResultError(f"{path} is damaged ({error}): delete it and run its notebook again") from error
+        raise ResultError(
+            f"{path} is damaged ({error}): delete it and run its notebook again"
+        ) from error
 
 
 def rounded(values: Any, digits: int = 6) -> Any:
@@ -119,7 +137,11 @@ def _git(*arguments: str) -> str | None:
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(here), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

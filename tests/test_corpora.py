@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from dfrot_lab import assets, corpora
+from dfrot_lab import assets, corpora, wikipedia
 from dfrot_lab.corpora import CorpusError
 
 TOKENIZER = ByT5Tokenizer()  # a token is a UTF-8 byte, so lengths are known
@@ -112,7 +112,7 @@ def test_pydoc_splits_by_topic():
 
 
 def test_wikipedia_is_cleaned_to_prose(small_assets):
-    first, *others = corpora._wikipedia()
+    first, *others = wikipedia.articles()
     assert [first["title"], *(a["title"] for a in others)] == ["First", "Second", "Third", "Fourth"]
     assert first["text"].split("\n") == [
         "Foxes (from English) run 5 km fast.",
@@ -128,22 +128,22 @@ def test_wikipedia_is_cleaned_to_prose(small_assets):
 
 
 def test_cleaning_happens_once_and_the_cache_is_checked(small_assets, monkeypatch):
-    articles = corpora._wikipedia()
+    articles = wikipedia.articles()
     (cached,) = small_assets.glob("wikipedia-*.json")
-    monkeypatch.setattr(corpora, "_articles", lambda _: pytest.fail("cleaned again"))
-    assert corpora._wikipedia() == articles
+    monkeypatch.setattr(wikipedia, "_parsed", lambda _: pytest.fail("cleaned again"))
+    assert wikipedia.articles() == articles
     cached.write_text("[{")
     with pytest.raises(CorpusError, match=r"wikipedia-\S+ is damaged .*: delete it"):
-        corpora._wikipedia()
+        wikipedia.articles()
 
 
 def test_interrupted_cleaning_leaves_nothing(small_assets, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpora.json, "dump", full)
+    monkeypatch.setattr(wikipedia.json, "dump", full)
     with pytest.raises(CorpusError, match=r"cannot keep the cleaned text .*No space.*DFROT_CACHE"):
-        corpora._wikipedia()
+        wikipedia.articles()
     assert not list(small_assets.glob("*.json")) + list(small_assets.glob(".clean-*"))
 
 
@@ -309,7 +309,7 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
 
 @pytest.mark.demo
 def test_the_demo_corpus_is_prose_and_large_enough():
-    articles = corpora._wikipedia()
+    articles = wikipedia.articles()
     assert len(articles) == 96
     assert len({article["title"] for article in articles}) == 96
     everything = "\n".join(article["text"] for article in articles)

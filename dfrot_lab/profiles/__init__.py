@@ -26,7 +26,9 @@ def path(profile: str) -> Path:
     """The YAML file of a packaged profile, or of a profile given as a path."""
     file = Path(profile) if profile.endswith((".yml", ".yaml")) else _HERE / f"{profile}.yml"
     if not file.is_file():
-        raise ProfileError(f"profile {profile!r} is unknown: use {', '.join(names())}, or a .yml file")
+        raise ProfileError(
+            f"profile {profile!r} is unknown: use {', '.join(names())}, or a .yml file"
+        )
     return file
 
 

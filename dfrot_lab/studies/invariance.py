@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab import activations, models, quantized_model, rotations
 from dfrot_lab.lab import Lab
@@ -46,19 +46,24 @@ def logit_errors(lab: Lab, dtype: str, seed: int = 0, tokens: int = 256) -> list
     return rows
 
 
-def surfaces(lab: Lab, site: str, seed: int = 0, tokens: int = 48, bins: int = 144) -> dict[str, Any]:
+def surfaces(
+    lab: Lab, site: str, seed: int = 0, tokens: int = 48, bins: int = 144
+) -> dict[str, Any]:
     """|x| by token × channel at `site`, the largest of each bin of channels: NR, RO, RH.
 
     The first `tokens` rows of the calibration window; with them which ones are massive.
     """
     x = lab.activations.site(site)[:tokens]
     return {
-        name: rounded(_binned(_rotated(x, name, seed).abs(), bins), 4) for name in ("NR", "RO", "RH")
+        name: rounded(_binned(_rotated(x, name, seed).abs(), bins), 4)
+        for name in ("NR", "RO", "RH")
     } | {"site": site, "channels": x.shape[-1]}
 
 
 def _binned(x: Tensor, bins: int) -> Tensor:
-    return torch.stack([part.amax(-1) for part in x.tensor_split(min(bins, x.shape[-1]), dim=-1)], -1)
+    return torch.stack(
+        [part.amax(-1) for part in x.tensor_split(min(bins, x.shape[-1]), dim=-1)], -1
+    )
 
 
 def _rotated(x: Tensor, name: str, seed: int) -> Tensor:
@@ -75,9 +80,14 @@ def outliers(lab: Lab, seed: int = 0) -> list[dict[str, Any]]:
             rms = x.square().mean(-1).sqrt().clamp_min(1e-30)
             peak = x.abs().amax(-1) / rms
             kurtosis = (x / rms[:, None]).pow(4).mean(-1)
-            values = {"peak_mean": peak.mean(), "peak_max": peak.max(), "kurtosis_mean": kurtosis.mean()}
+            values = {
+                "peak_mean": peak.mean(),
+                "peak_max": peak.max(),
+                "kurtosis_mean": kurtosis.mean(),
+            }
             rows.append(
-                {"site": site, "rotation": name} | {k: float(f"{v.item():.6g}") for k, v in values.items()}
+                {"site": site, "rotation": name}
+                | {k: float(f"{v.item():.6g}") for k, v in values.items()}
             )
     return rows
 
@@ -107,7 +117,9 @@ def top_activations(lab: Lab) -> list[dict[str, Any]]:
                 "top": rounded(top, 5),
                 "token": int(where[0] // h.shape[-1]),
                 "channel": int(where[0] % h.shape[-1]),
-                "q999": float(f"{magnitude.flatten().kthvalue(int(0.999 * magnitude.numel()))[0]:.5g}"),
+                "q999": float(
+                    f"{magnitude.flatten().kthvalue(int(0.999 * magnitude.numel()))[0]:.5g}"
+                ),
                 "median": float(f"{magnitude.median().item():.5g}"),
             }
         )

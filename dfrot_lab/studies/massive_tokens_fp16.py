@@ -7,8 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dfrot_lab.evaluation import Perplexity, paired_difference, spread
+from dfrot_lab.evaluation import paired_difference, spread
 from dfrot_lab.lab import Lab
+from dfrot_lab.paper import table1
 from dfrot_lab.results import Claim
 
 __all__ = ["claims", "closed_share", "exempted", "paired", "perplexities", "summary", "table"]
@@ -22,33 +23,19 @@ def perplexities(
     bar = tqdm(grid, desc="perplexity", unit="row")
     out = []
     for name, keep, seed in bar:
-        bar.set_postfix_str(f"{name} keep={keep} seed={seed}")
+        bar.set_postfix_str(f"{name} keep={keep} seed={seed}", refresh=False)
         out.append(lab.perplexity(name, seed, bits=bits, keep=keep, windows=windows))
     return out
 
 
-def summary(lab: Lab, rows: list[dict[str, Any]], side: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(lab: Lab, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The notebook's result, without its claims: rows, table, share closed, what was kept."""
     return {
         "rows": rows,
-        "side": side,
         "table": table(rows),
         "closed": closed_share(rows),
         "exempted": exempted(rows, lab.activations.sites, lab.seqlen),
-        "first_token": first_token(rows, side),
     }
-
-
-def first_token(rows: list[dict[str, Any]], side: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Perplexity with the first token alone kept, beside the other choices on the same windows."""
-    out = []
-    for r in side:
-        n = len(r["nll"])
-        same = {x["keep"]: x["nll"][:n] for x in rows if (x["rotation"], x["seed"]) == (r["rotation"], r["seed"])}
-        values = same | {r["keep"]: r["nll"]}
-        row = {keep: Perplexity(nll).value for keep, nll in values.items()}
-        out.append({"rotation": r["rotation"], "seed": r["seed"], "windows": n} | row)
-    return out
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,7 +62,9 @@ def closed_share(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"by_seed": per_seed, "of_means": of_means} | spread(per_seed)
 
 
-def exempted(rows: list[dict[str, Any]], sites: tuple[str, ...], seqlen: int) -> list[dict[str, Any]]:
+def exempted(
+    rows: list[dict[str, Any]], sites: tuple[str, ...], seqlen: int
+) -> list[dict[str, Any]]:
     """For each rotation, first seed: how many (token, site) pairs were kept, which tokens, where.
 
     share: of all (token, site) pairs; by_site in order of the sites; by_token: the ten most frequent.
@@ -111,24 +100,29 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     mean = {(r["rotation"], r["keep"]): r["mean"] for r in result["table"]}
     sd = {(r["rotation"], r["keep"]): r["sd"] for r in result["table"]}
     closed, gap = result["closed"], mean["RO", "none"] - mean["RH", "none"]
+    two, three = "LLaMA2-7B", "LLaMA3-8B"
+    paper_gap = "; ".join(f"{m} {table1(m, 'RO')} → {table1(m, 'RH')}" for m in (two, three))
+    paper_kept = "; ".join(
+        f"{m} {table1(m, 'RO.FP16')} and {table1(m, 'RH.FP16')}" for m in (two, three)
+    )
     out = [
         Claim(
             "Without rotation 4-bit activations fail",
-            "NaN or Inf (Table 1)",
+            f"GPTQ without rotation: {table1(two, 'GPTQ')}, {table1(three, 'GPTQ')} (Table 1)",
             f"NR {mean['NR', 'none']:.0f} against FP {mean['FP', 'none']:.2f}",
             "NR at least 10 × FP",
             mean["NR", "none"] >= 10 * mean["FP", "none"],
         ),
         Claim(
             "RO is clearly worse than RH",
-            "7.71 → 6.20 LLaMA2-7B, 10.15 → 8.02 LLaMA3-8B (Table 1, 4-4-16)",
-            f"RO {mean['RO', 'none']:.2f} ± {sd['RO', 'none']:.2f}, RH {mean['RH', 'none']:.2f} ± {sd['RH', 'none']:.2f}",
+            f"{paper_gap} (Table 1, 4-4-16)",
+            ", ".join(f"{n} {mean[n, 'none']:.2f} ± {sd[n, 'none']:.2f}" for n in ("RO", "RH")),
             "RO − RH above twice the larger sd",
             gap > 2 * max(sd["RO", "none"], sd["RH", "none"]),
         ),
         Claim(
             "Keeping massive tokens closes the gap",
-            "7.71/6.20 → 6.10/6.10, 100 % (LLaMA2-7B); 100 % (LLaMA3-8B)",
+            f"kept: {paper_kept} (Table 1, 4-4-16)",
             f"{mean['RO', 'massive']:.2f}/{mean['RH', 'massive']:.2f}: {closed['of_means']:.0%} closed",
             "at least half of RO − RH closed (the paper: all of it)",
             closed["of_means"] >= 0.5,
@@ -145,9 +139,11 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             "not tested; composed Hadamards should behave like RO",
             f"RH² {mean['RH2', 'none']:.2f} ± {sd['RH2', 'none']:.2f}",
             "RH² nearer to RO than to RH",
-            abs(mean["RH2", "none"] - mean["RO", "none"]) < abs(mean["RH2", "none"] - mean["RH", "none"]),
+            abs(mean["RH2", "none"] - mean["RO", "none"])
+            < abs(mean["RH2", "none"] - mean["RH", "none"]),
         ),
     ]
+    out += _first_token(result["rows"])
     exempt = {r["rotation"]: r for r in result["exempted"]}
     share = exempt["RO"]["share"]
     out.append(
@@ -160,6 +156,26 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         )
     )
     return out
+
+
+def _first_token(rows: list[dict[str, Any]]) -> list[Claim]:
+    """Whether the first token alone does it, on the seeds for which it was measured."""
+    ppl = {(r["rotation"], r["keep"], r["seed"]): float(r["ppl"]) for r in rows}
+    seeds = [s for n, k, s in ppl if (n, k) == ("RO", "first")]
+    if not seeds:
+        return []
+    none, first, kept = (
+        sum(ppl["RO", keep, s] for s in seeds) / len(seeds) for keep in ("none", "first", "massive")
+    )
+    return [
+        Claim(
+            "The first token alone does most of it",
+            "not tested",
+            f"RO, seed {', '.join(map(str, seeds))}: {none:.2f} → first kept {first:.2f}, massive {kept:.2f}",
+            "at least half of what keeping massive tokens gains",
+            none - first >= 0.5 * (none - kept),
+        )
+    ]
 
 
 def paired(rows: list[dict[str, Any]], a: tuple[str, str], b: tuple[str, str]) -> dict[str, Any]:

@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dfrot_lab import dfrot, massive, rotations
+from dfrot_lab import dfrot, massive, paper, rotations
 from dfrot_lab.lab import Lab
 from dfrot_lab.quantizers import QuantSpec, fake_quantize, squared_error
 from dfrot_lab.results import Claim, rounded
 from dfrot_lab.studies.massive_tokens_fp16 import paired, perplexities, table
 
-__all__ = ["claims", "gamma_sweep", "losses", "massive_token", "paired", "perplexities", "scatter", "summary", "table"]
+__all__ = [
+    "claims",
+    "gamma_sweep",
+    "losses",
+    "massive_token",
+    "paired",
+    "perplexities",
+    "scatter",
+    "summary",
+    "table",
+]
 
 
 def losses(lab: Lab, seeds: list[int], gamma: float) -> list[dict[str, Any]]:
@@ -50,7 +60,12 @@ def massive_token(lab: Lab, site: str, gamma: float, seed: int = 0) -> dict[str,
     damage = squared_error(x @ matrices["RO"], spec).where(mask, torch.tensor(-1.0))
     index = int(damage.argmax())
     token = lab.calibration_tokens.flatten()[index]
-    out = {"site": site, "index": index, "text": lab.tokenizer.decode([int(token)]), "rotations": {}}
+    out = {
+        "site": site,
+        "index": index,
+        "text": lab.tokenizer.decode([int(token)]),
+        "rotations": {},
+    }
     for name, r in matrices.items():
         y = x[index] @ r
         q = fake_quantize(y, spec)
@@ -89,7 +104,12 @@ def summary(headline: list[dict[str, Any]], closing: list[dict[str, Any]]) -> di
 
 
 def gamma_sweep(
-    lab: Lab, gammas: list[float], seed: int, windows: int, bits: str, headline: list[dict[str, Any]]
+    lab: Lab,
+    gammas: list[float],
+    seed: int,
+    windows: int,
+    bits: str,
+    headline: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Perplexity of DFRot(RH) and DFRot(RO) for each γ (inf: massive rows alone), one seed.
 
@@ -98,7 +118,10 @@ def gamma_sweep(
     known = {
         (r["rotation"], r["gamma"]): r["nll"]
         for r in headline
-        if r["seed"] == seed and r["bits"] == bits and r["keep"] == "none" and len(r["nll"]) >= windows
+        if r["seed"] == seed
+        and r["bits"] == bits
+        and r["keep"] == "none"
+        and len(r["nll"]) >= windows
     }
     out = []
     grid = [(start, float(g)) for start in ("RH", "RO") for g in gammas]
@@ -130,7 +153,14 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         for before, after in zip(row["quantized"], row["rotated"], strict=True)
     ]
     whole = [b - a for row in result["losses"] for a, b in pairwise(row["quantized"])]
-    token = result["token"]["rotations"]
+    token, paper_token = result["token"]["rotations"], paper.token_errors()
+    two, three = "LLaMA2-7B", "LLaMA3-8B"
+    published = {
+        start: "; ".join(
+            f"{m} {paper.table1(m, start)} → {paper.gamma(m, start)}" for m in (two, three)
+        )
+        for start in ("RO", "RH")
+    }
     out = [
         Claim(
             "The Procrustes step never raises the loss",
@@ -148,21 +178,23 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             "DFRot removes the error of a massive token",
-            "85.69 RO, 29.70 RH → 0.85 (Figure 4, LLaMA3-8B, d = 4096)",
+            ", ".join(f"{n} {v}" for n, v in paper_token.items())
+            + " (Figure 4, LLaMA3-8B, d = 4096)",
             ", ".join(f"{n} {v['squared_error']:.2f}" for n, v in token.items()),
             "DFRot below half of RH",
             token["DFRot"]["squared_error"] < token["RH"]["squared_error"] / 2,
         ),
         Claim(
             "DFRot from RO improves on RO",
-            "7.71 → 6.67 LLaMA2-7B, 13 % (γ = 100)",
-            f"{mean['RO']:.2f} ± {sd['RO']:.2f} → {mean['DFRot(RO)']:.2f} ± {sd['DFRot(RO)']:.2f}, {gain:.0%}",
+            published["RO"] + " (Table 1; Figure 6, γ = 100)",
+            f"{mean['RO']:.2f} ± {sd['RO']:.2f} → "
+            f"{mean['DFRot(RO)']:.2f} ± {sd['DFRot(RO)']:.2f}, {gain:.0%}",
             "mean over seeds at least 12 % lower",
             gain >= 0.12,
         ),
         Claim(
             "DFRot from RH improves on RH",
-            "6.20 → 6.13 LLaMA2-7B, 8.02 → 7.78 LLaMA3-8B (4-4-16)",
+            published["RH"] + " (Table 1; Figure 5, γ = 100)",
             f"{mean['RH']:.2f} ± {sd['RH']:.2f} → {mean['DFRot(RH)']:.2f} ± {sd['DFRot(RH)']:.2f}; "
             f"Δnll {rh['mean']:.3f} [{rh['low']:.3f}, {rh['high']:.3f}]",
             "mean lower and the 95 % interval of Δnll above 0",
@@ -171,11 +203,17 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     ]
     for row in result["table"]:
         if row["bits"] != bits and row["rotation"] == "DFRot(RH)":
-            base = next(r for r in result["table"] if r["bits"] == row["bits"] and r["rotation"] == "RH")
+            base = next(
+                r for r in result["table"] if r["bits"] == row["bits"] and r["rotation"] == "RH"
+            )
             out.append(
                 Claim(
                     f"It holds at {row['bits']} with RTN weights",
-                    "8.69 → 7.47 LLaMA2-7B, 10.47 → 9.35 LLaMA3-8B (README, RTN 4-4-16)",
+                    "; ".join(
+                        f"{m} {paper.readme_rtn(m, 'QuaRot-RTN')} → {paper.readme_rtn(m, 'DFRot-RTN')}"
+                        for m in (two, three)
+                    )
+                    + " (README, RTN 4-4-16)",
                     f"{base['mean']:.2f} ± {base['sd']:.2f} → {row['mean']:.2f} ± {row['sd']:.2f}",
                     "mean over seeds lower",
                     row["mean"] < base["mean"],

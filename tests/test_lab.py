@@ -1,0 +1,73 @@
+"""What a Lab keeps is reused when it fits and made anew when it does not."""
+
+import pytest
+
+from dfrot_lab import rotations
+from dfrot_lab.lab import Lab, LabError, parse_rotation
+from dfrot_lab.rotations import RotationError
+
+SMALL = {"model": "tiny:llama", "corpus": "pydoc", "seqlen": 64, "iterations": 3, "clip_steps": 2}
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(**SMALL, folder=tmp_path)
+
+
+def test_a_measurement_is_made_once(lab, monkeypatch):
+    first = lab.perplexity("RH", 1, windows=1)
+    monkeypatch.setattr(Lab, "_measure", lambda *a: pytest.fail("measured again"))
+    again = Lab(**SMALL, folder=lab.folder)
+    assert again.perplexity("RH", 1, windows=1) == first
+
+
+def test_other_parameters_or_code_are_measured_anew(lab, monkeypatch):
+    lab.perplexity("RH", 0, windows=1)
+    lab.perplexity("RH", 1, windows=1)
+    Lab(**SMALL | {"seqlen": 32}, folder=lab.folder).perplexity("RH", 0, windows=1)
+    monkeypatch.setattr("dfrot_lab.results.code_digest", lambda *names: "other code")
+    Lab(**SMALL, folder=lab.folder).perplexity("RH", 0, windows=1)
+    assert len(list((lab.folder / "measurements").iterdir())) == 4
+
+
+def test_activations_of_another_model_are_collected_anew(lab):
+    d = lab.activations.d
+    other = Lab(**SMALL | {"model": "tiny:qwen3"}, folder=lab.folder)
+    assert other.activations.metadata["key"] != lab.activations.metadata["key"]
+    assert other.activations.d == d
+
+
+def test_a_refined_rotation_is_kept_with_what_it_is(lab):
+    r = lab.rotation("DFRot(RO)", 2, gamma=10)
+    path = lab.rotation_file("DFRot(RO)", 2, gamma=10)
+    kept, about = rotations.load(path, r.shape[-1])
+    assert (kept == r).all()
+    assert (about["start"], about["seed"], about["gamma"]) == ("RO", 2, "10.0")
+    assert len(about["log"]["quantized"]) == 3
+    assert lab.rotation_file("DFRot(RO)", 2, gamma=11) != path
+
+
+def test_no_rotation_and_plain_ones(lab):
+    assert lab.rotation("NR") is None
+    assert rotations.orthogonality_error(lab.rotation("RH2", 0)) < 1e-12
+
+
+def test_a_damaged_rotation_file_is_one_clear_error(lab):
+    path = lab.rotation_file("DFRot(RH)", 0)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RotationError, match="cannot be read"):
+        lab.rotation("DFRot(RH)", 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seqlen", 0), ("iterations", -1), ("threads", 0), ("dtype", "int8")]
+)
+def test_bad_settings_are_named(field, value, tmp_path):
+    with pytest.raises(LabError, match=f"{field} = "):
+        Lab(**SMALL | {field: value}, folder=tmp_path)
+
+
+def test_unknown_rotation_lists_the_known_ones():
+    with pytest.raises(LabError, match=r"DFRot\(RO\)"):
+        parse_rotation("HR")
+    assert parse_rotation("DFRot(RO)") == ("DFRot", "RO")

@@ -1,0 +1,119 @@
+"""Every notebook runs end to end on the smoke profile; bad parameters are refused before it does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfrot_lab import notebooks, profiles
+
+ROOT = Path(__file__).parents[1]
+NAMES = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
+
+
+def lab(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "dfrot_lab.cli", *map(str, arguments)],
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One results folder for all, as in a batch: later notebooks reuse what earlier ones made."""
+    return tmp_path_factory.mktemp("a folder with spaces")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_end_to_end(name, folder):
+    done = lab("run", name, "--profile", "smoke", "--folder", folder)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / name / "result.json").read_text())
+    assert result["claims"] and all(isinstance(c["agrees"], bool) for c in result["claims"])
+    provenance = json.loads((folder / name / "provenance.json").read_text())
+    assert provenance["parameters"] == result["parameters"]
+    assert "folder" not in result["parameters"]
+    figures = sorted(p.suffix for p in (folder / name / "figures").iterdir())
+    assert figures.count(".pdf") == figures.count(".png") == figures.count(".md") >= 1
+
+
+def test_the_same_run_gives_the_same_bytes(folder, tmp_path):
+    name = "03_massive_tokens_fp16"
+    done = lab("run", name, "--profile", "smoke", "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (f / name / "result.json" for f in (folder, tmp_path))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_runs_from_the_notebooks_folder(tmp_path):
+    code = (
+        "import nbformat, sys\n"
+        "from nbclient import NotebookClient\n"
+        "nb = nbformat.read('01_rotation_invariance.ipynb', 4)\n"
+        "cell = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))\n"
+        f"cell.source = 'model=\"tiny:llama\";corpus=\"pydoc\";seqlen=64;calibration=1;dtype=\"float32\";"
+        f'device="cpu";threads=1;folder={str(tmp_path)!r};site="layers.1.mlp";tokens=32;seed=0\'\n'
+        "NotebookClient(nb, kernel_name='python3').execute()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "notebooks", check=True)
+    assert (tmp_path / "01_rotation_invariance" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", "windos", "3"), "no parameter 'windos'"),
+        (("-p", "windows", "three"), "windows = 'three' is not of type int"),
+        (("-p", "windows", "true"), "windows = True is not of type int"),
+        (("-p", "seeds", "7"), "seeds = 7 is not of type list"),
+        (("--profile", "huge"), "profile 'huge' is unknown"),
+    ],
+)
+def test_bad_parameters_are_one_line_and_nothing_runs(arguments, message, tmp_path):
+    done = lab("run", "03", "--profile", "smoke", "--folder", tmp_path, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_notebook_lists_the_known_ones():
+    done = lab("run", "99", "--profile", "smoke")
+    assert done.returncode != 0
+    assert all(name in done.stderr for name in NAMES)
+
+
+def test_a_failing_notebook_is_kept_and_named(tmp_path):
+    done = lab("run", "02", "--profile", "smoke", "--folder", tmp_path, "-p", "site", "layers.77.mlp")
+    assert done.returncode != 0
+    assert "site 'layers.77.mlp' is unknown" in done.stderr
+    executed = tmp_path / "02_ro_vs_rh_error" / "notebook.ipynb"
+    assert str(executed) in done.stderr
+    assert "layers.77.mlp" in executed.read_text()
+    assert not (executed.parent / "result.json").exists()
+
+
+def test_too_short_a_corpus_is_refused(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("Ten words are not enough for a window.\n\nNor are these.\n")
+    done = lab("run", "01", "--profile", "smoke", "--folder", tmp_path / "r", "-p", "corpus", text)
+    assert done.returncode != 0
+    assert "short.txt" in done.stderr
+
+
+@pytest.mark.parametrize("profile", profiles.names())
+@pytest.mark.parametrize("name", NAMES)
+def test_every_profile_fits_every_notebook(profile, name):
+    values = notebooks.resolve(notebooks.find(name, ROOT), profile, {})
+    known = notebooks.parameters(notebooks.find(name, ROOT))
+    assert set(values) <= set(known)
+
+
+def test_notebook_defaults_are_the_demo_profile():
+    for name in NAMES:
+        known = notebooks.parameters(notebooks.find(name, ROOT))
+        values = notebooks.resolve(notebooks.find(name, ROOT), "demo", {})
+        assert {n: known[n][1] for n in values} == values
