@@ -277,7 +277,9 @@ class Lab:
 
     def _key(self, options: dict[str, Any], code: tuple[str, ...]) -> str:
         sources = [models.identity(self.model), corpora.identity(self.corpus)]
-        text = json.dumps([options, self.about, sources, results.code_digest(*code)], sort_keys=True)
+        text = json.dumps(
+            [options, self.about, sources, results.code_digest(*code)], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _locked(self, path: Path) -> FileLock:

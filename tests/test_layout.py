@@ -54,7 +54,9 @@ def test_source_notebooks_are_clean_and_short(path):
 
 def test_every_deviation_has_its_row():
     rows = [
-        line for line in (ROOT / "docs" / "deviations.md").read_text().splitlines() if line[:2] == "| "
+        line
+        for line in (ROOT / "docs" / "deviations.md").read_text().splitlines()
+        if line[:2] == "| "
     ]
     numbers = [int(line.split("|")[1]) for line in rows[1:]]
     assert numbers == list(range(1, len(numbers) + 1))

@@ -54,7 +54,7 @@ def test_runs_from_the_notebooks_folder(tmp_path):
         "from nbclient import NotebookClient\n"
         "nb = nbformat.read('01_rotation_invariance.ipynb', 4)\n"
         "cell = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))\n"
-        f"cell.source = 'model=\"tiny:llama\";corpus=\"pydoc\";seqlen=64;calibration=1;dtype=\"float32\";"
+        f'cell.source = \'model="tiny:llama";corpus="pydoc";seqlen=64;calibration=1;dtype="float32";'
         f'device="cpu";threads=1;folder={str(tmp_path)!r};site="layers.1.mlp";tokens=32;seed=0\'\n'
         "NotebookClient(nb, kernel_name='python3').execute()"
     )
@@ -87,7 +87,9 @@ def test_an_unknown_notebook_lists_the_known_ones():
 
 
 def test_a_failing_notebook_is_kept_and_named(tmp_path):
-    done = lab("run", "02", "--profile", "smoke", "--folder", tmp_path, "-p", "site", "layers.77.mlp")
+    done = lab(
+        "run", "02", "--profile", "smoke", "--folder", tmp_path, "-p", "site", "layers.77.mlp"
+    )
     assert done.returncode != 0
     assert "site 'layers.77.mlp' is unknown" in done.stderr
     executed = tmp_path / "02_ro_vs_rh_error" / "notebook.ipynb"

@@ -35,7 +35,20 @@ def summary(lab: Lab, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "table": table(rows),
         "closed": closed_share(rows),
         "exempted": exempted(rows, lab.activations.sites, lab.seqlen),
+        "first_token": first_token(rows),
     }
+
+
+def first_token(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Perplexity with the first token alone kept, beside none and all massive ones, same seed."""
+    ppl = {(r["rotation"], r["keep"], r["seed"]): float(r["ppl"]) for r in rows}
+    windows = max(r["windows"] for r in rows)
+    return [
+        {"rotation": name, "seed": seed, "windows": windows, "first": value}
+        | {keep: ppl[name, keep, seed] for keep in ("none", "massive")}
+        for (name, keep, seed), value in ppl.items()
+        if keep == "first"
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,18 +173,18 @@ def claims(result: dict[str, Any]) -> list[Claim]:
 
 def _first_token(rows: list[dict[str, Any]]) -> list[Claim]:
     """Whether the first token alone does it, on the seeds for which it was measured."""
-    ppl = {(r["rotation"], r["keep"], r["seed"]): float(r["ppl"]) for r in rows}
-    seeds = [s for n, k, s in ppl if (n, k) == ("RO", "first")]
-    if not seeds:
+    found = [r for r in first_token(rows) if r["rotation"] == "RO"]
+    if not found:
         return []
     none, first, kept = (
-        sum(ppl["RO", keep, s] for s in seeds) / len(seeds) for keep in ("none", "first", "massive")
+        sum(r[keep] for r in found) / len(found) for keep in ("none", "first", "massive")
     )
     return [
         Claim(
             "The first token alone does most of it",
             "not tested",
-            f"RO, seed {', '.join(map(str, seeds))}: {none:.2f} → first kept {first:.2f}, massive {kept:.2f}",
+            f"RO, seed {', '.join(str(r['seed']) for r in found)}: {none:.2f}; "
+            f"first token kept {first:.2f}, massive tokens kept {kept:.2f}",
             "at least half of what keeping massive tokens gains",
             none - first >= 0.5 * (none - kept),
         )

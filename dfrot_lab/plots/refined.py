@@ -1,0 +1,419 @@
+"""Figures of notebook 04: R1 refined by DFRot."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from dfrot_lab.plots import style
+from dfrot_lab.plots.kept_tokens import dots
+from dfrot_lab.plots.style import COLOUR, COLUMN, LINE, MARKER, PAGE, array, figure, number, power
+from dfrot_lab.plots.token_errors import scatter_legend, scatter_panel
+
+__all__ = [
+    "dfrot_perplexity",
+    "dfrot_scatter",
+    "gamma_sweep",
+    "loss_curves",
+    "massive_token",
+    "rotation_distance",
+]
+
+NOTEBOOK = "04_dfrot"
+STARTS = ("RO", "RH")
+TOKEN = ("NR", "RO", "RH", "DFRot")
+
+
+def _halves(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(iteration, loss) with both half steps: quantized at t, rotated at t + ½."""
+    pairs = np.stack([array(row["quantized"]), array(row["rotated"])], axis=1)
+    return np.arange(pairs.size) / 2, pairs.ravel()
+
+
+def _loss_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    told = []
+    for start in STARTS:
+        rows = [r for r in result["losses"] if r["start"] == start]
+        if rows:
+            change = np.mean([_halves(r)[1][-1] / _halves(r)[1][0] - 1 for r in rows])
+            told.append(f"{change:+.0%} from {start}".replace("%", " %").replace("-", "−"))
+    first = result["losses"][0]
+    return {
+        "change": ", ".join(told),
+        "iterations": style.count(len(first["quantized"]), "iteration"),
+        "seeds": style.count(len({r["seed"] for r in result["losses"]}), "seed"),
+        "rows": f"{first['rows']:,}",
+        "massive_rows": style.count(first["massive_rows"], "massive one"),
+    }  # fmt: skip
+
+
+@figure(NOTEBOOK, _loss_numbers)
+def loss_curves(result: dict[str, Any]) -> Figure:
+    """Loss at every half step from both starts, one thin line a seed."""
+    fig = style.new(COLUMN, 2.4)
+    ax = fig.add_subplot()
+    handles, everything = [], []
+    for start in STARTS:
+        rows = [r for r in result["losses"] if r["start"] == start]
+        look = {"color": COLOUR["DFRot"], "ls": LINE[f"DFRot({start})"]}
+        first = {"marker": MARKER[start], "mfc": COLOUR[start], "mec": COLOUR[start], "ms": 4}
+        for r in rows:
+            x, y = _halves(r)
+            everything += list(y)
+            ax.plot(x, y, **look, lw=0.8, alpha=0.8)
+            ax.plot(x[0], y[0], ls="", zorder=3, **first)
+        if rows:
+            handles.append(Line2D([], [], **look, **first, lw=0.9, label=f"from {start}"))
+    ax.set_yscale("log")
+    ax.set_ylim(*style.limits(everything, log=True))
+    style.log_ticks(ax.yaxis, *ax.get_ylim())
+    ax.grid(axis="y")
+    ax.set(xlabel="iteration (two half steps each)", ylabel="weighted relative error")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    fig.legend(handles=handles, loc="outside upper right", ncols=2)
+    if result["losses"] and not any(r["massive_rows"] for r in result["losses"]):
+        style.note(ax, "no massive token: no row was weighted", 0.97, 0.95, ha="right", va="top")
+    return fig
+
+
+def _token_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    token = result["token"]
+    if not token or not token.get("rotations"):
+        return {"text": "no massive token", "index": "none", "site": "no site", "errors": "none"}
+    found = token["rotations"]
+    errors = ", ".join(f"{n} {number(found[n]['squared_error'])}" for n in TOKEN if n in found)
+    return {
+        "text": f"“{style.visible(token['text']).replace(chr(92), '')}”",
+        "index": f"{token['index']:,}",
+        "site": token["site"],
+        "errors": errors,
+    }
+
+
+@figure(NOTEBOOK, _token_numbers)
+def massive_token(result: dict[str, Any]) -> Figure:
+    """One massive token under NR, RO, RH and DFRot: Quant X against X, and the squared error."""
+    found = (result["token"] or {}).get("rotations", {})
+    names = [n for n in TOKEN if n in found]
+    fig = style.new(PAGE, 2.0)
+    if not names:
+        ax = fig.add_subplot()
+        ax.set_axis_off()
+        style.note(ax, "this model has no massive token at the site")
+        return fig
+    for ax, name in zip(fig.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        x, q = array(found[name]["x"]), array(found[name]["q"])
+        both = style.limits([*x, *q], margin=0.08)
+        for level in np.unique(q[np.isfinite(q)]):
+            ax.axhline(level, color="#E4E4E4", lw=0.5, zorder=0)
+        ax.plot(both, both, ls="--", lw=0.7, color=COLOUR["ink"], zorder=1)
+        ax.plot(x, q, MARKER[name], ms=2.6, mew=0, color=COLOUR[name], alpha=0.6, zorder=2)
+        ax.set(xlim=both, ylim=both, aspect="equal", xlabel="$X$")
+        ax.locator_params(nbins=4)
+        error = number(found[name]["squared_error"])
+        ax.set_title(f"{name}, error {error}", color=COLOUR[name], weight="bold", loc="center")
+    fig.axes[0].set_ylabel("Quant $X$")
+    return fig
+
+
+def _dfrot_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    found = result["scatter"]
+    before, after, massive = array(found["RH"]), array(found["DFRot"]), found["massive"]
+    normal = np.setdiff1d(np.arange(len(before)), massive)
+
+    def change(rows: Any) -> str:
+        if not len(rows):
+            return "there is none"
+        return f"{number(before[rows].mean())} → {number(after[rows].mean())}"
+
+    below = float(np.mean(after < before))
+    return {
+        "site": found["site"],
+        "tokens": f"{len(before):,}",
+        "massive": change(massive),
+        "normal": change(normal),
+        "below": f"{100 * below:.0f} %",
+    }
+
+
+@figure(NOTEBOOK, _dfrot_numbers)
+def dfrot_scatter(result: dict[str, Any]) -> Figure:
+    """‖x − Q(x)‖² of each token under RH and under DFRot."""
+    found = result["scatter"]
+    x, y = array(found["RH"]), array(found["DFRot"])
+    fig = style.new(COLUMN, 3.3)
+    ax = fig.add_subplot()
+    scatter_panel(ax, x, y, found["massive"], style.limits([*x, *y], log=True))
+    ax.set_xlabel("$E$(RH)", color=COLOUR["RH"])
+    ax.set_ylabel("$E$(DFRot)", color=COLOUR["DFRot"])
+    scatter_legend(fig, floor=False)
+    return fig
+
+
+def _sweep(result: dict[str, Any], start: str) -> tuple[list[tuple[float, float]], float]:
+    """[(γ, perplexity)] in order of γ and the perplexity of the start itself."""
+    rows = [r for r in result["gamma"] if r["start"] == start]
+    plain = [float(array(r["ppl"])) for r in rows if r["gamma"] == "none"]
+    swept = sorted(
+        (float(r["gamma"]), float(array(r["ppl"]))) for r in rows if r["gamma"] != "none"
+    )
+    return swept, plain[0] if plain else math.nan
+
+
+def _gamma_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    told = []
+    for start in STARTS:
+        swept, plain = _sweep(result, start)
+        finite = [(p, g) for g, p in swept if math.isfinite(p)]
+        if finite:
+            best, gamma = min(finite)
+            sign = "∞" if math.isinf(gamma) else f"{gamma:g}"
+            told.append(f"from {start} {number(plain)} → {number(best)} at γ = {sign}")
+    return {"best": "; ".join(told) or "no finite perplexity"}
+
+
+@figure(NOTEBOOK, _gamma_numbers)
+def gamma_sweep(result: dict[str, Any]) -> Figure:
+    """Perplexity against γ from both starts, ∞ at the end of a broken axis."""
+    fig = style.new(COLUMN, 2.5)
+    ax = fig.add_subplot()
+    sweeps = {start: _sweep(result, start) for start in STARTS}
+    gammas = sorted({g for swept, _ in sweeps.values() for g, _ in swept if math.isfinite(g)})
+    positive = [g for g in gammas if g > 0] or [1.0]
+    step = (math.log10(positive[-1] / positive[0]) / max(len(positive) - 1, 1)) or 1.0
+    zero, end = math.log10(positive[0]) - step, math.log10(positive[-1]) + 1.3 * step
+
+    def place(g: float) -> float:
+        return end if math.isinf(g) else zero if g <= 0 else math.log10(g)
+
+    everything = []
+    for start, (swept, plain) in sweeps.items():
+        name, ink = f"DFRot({start})", COLOUR["DFRot"]
+        finite = [(place(g), p) for g, p in swept if math.isfinite(g)]
+        last = [(place(g), p) for g, p in swept if math.isinf(g)]
+        everything += [plain, *(p for _, p in swept)]
+        face = ink if start == "RH" else "white"
+        look = {"color": ink, "marker": MARKER[name], "mfc": face, "ms": 4}
+        ax.plot(*np.array(finite or [(np.nan, np.nan)]).T, ls=LINE[name], **look, label=name)
+        ax.plot(*np.array(last or [(np.nan, np.nan)]).T, ls="", **look)
+        if finite and last:
+            ends = np.array([finite[-1], last[-1]]).T
+            ax.plot(*ends, color=ink, ls=":", lw=0.8)
+        if math.isfinite(plain):
+            ax.axhline(
+                plain,
+                color=COLOUR[start],
+                lw=0.9,
+                ls=(0, (4, 2)),
+                label=f"{start} itself",
+                zorder=1,
+            )
+    log = _wide(everything)
+    if log:
+        ax.set_yscale("log")
+    ax.set_ylim(*style.limits(everything, log=log, margin=0.08))
+    if log:
+        style.log_ticks(ax.yaxis, *ax.get_ylim())
+    _gamma_axis(
+        ax, gammas, place, end, any(math.isinf(g) for s, _ in sweeps.values() for g, _ in s)
+    )
+    ax.set_ylabel("perplexity")
+    hidden = [
+        f"{s}, γ = {g:g}"
+        for s, (swept, _) in sweeps.items()
+        for g, p in swept
+        if not math.isfinite(p)
+    ]
+    if hidden:
+        style.note(
+            ax,
+            "infinite: " + "; ".join(hidden).replace("inf", "∞"),
+            0.98,
+            0.97,
+            ha="right",
+            va="top",
+        )
+    fig.legend(loc="outside upper center", ncols=2)
+    return fig
+
+
+def _wide(values: list[float]) -> bool:
+    finite = [v for v in values if math.isfinite(v) and v > 0]
+    return bool(finite) and max(finite) > 4 * min(finite)
+
+
+def _gamma_axis(ax: Axes, gammas: list[float], place: Any, end: float, infinite: bool) -> None:
+    """Ticks at the γ measured; before ∞ two strokes break the axis."""
+    ticks = (
+        gammas if len(gammas) <= 7 else [g for g in gammas if g <= 0 or math.log10(g) % 1 < 1e-9]
+    )
+    names = [f"{g:g}" for g in ticks]
+    places = [place(g) for g in ticks]
+    if infinite:
+        places.append(end)
+        names.append("∞")
+    ax.set_xticks(places, names)
+    low = min([place(g) for g in gammas] or [0.0])
+    pad = 0.06 * (end - low or 1)
+    right = end if infinite else max([place(g) for g in gammas] or [1.0])
+    ax.set_xlim(low - pad, right + pad)
+    ax.set_xlabel("γ")
+    if infinite and gammas:
+        gap = (end + place(gammas[-1])) / 2
+        look = {"clip_on": False, "transform": ax.get_xaxis_transform(), "zorder": 10}
+        ax.plot([gap], [0], marker="s", ms=5, mfc="white", mec="none", ls="", **look)
+        for dx in (-0.012, 0.012):
+            x = gap + dx * (right - low)
+            slant = 0.01 * (right - low)
+            ax.plot([x - slant, x + slant], [-0.02, 0.02], color=COLOUR["ink"], lw=0.7, **look)
+
+
+ORDER = ("NR", "RO", "DFRot(RO)", "RH2", "RH", "DFRot(RH)")
+
+
+def _groups(result: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """{bits: {rotation: perplexities}} of rows that keep nothing."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for r in result["rows"]:
+        if r["keep"] == "none":
+            found.setdefault(r["bits"], {}).setdefault(r["rotation"], []).append(
+                float(array(r["ppl"]))
+            )
+    return found
+
+
+def _floating_point(result: dict[str, Any], bits: str) -> float:
+    """FP's perplexity on the windows measured at `bits`, NaN if it was measured on fewer."""
+    windows = min(r["windows"] for r in result["rows"] if r["bits"] == bits)
+    for r in result["rows"]:
+        if r["rotation"] == "FP" and len(r["nll"]) >= windows:
+            return float(np.exp(array(r["nll"][:windows]).mean()))
+    return math.nan
+
+
+def _perplexity_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    told = []
+    for bits, cells in _groups(result).items():
+        parts = []
+        for start in STARTS:
+            pair = [cells.get(n) for n in (start, f"DFRot({start})")]
+            if all(pair):
+                parts.append(f"{start} {number(np.mean(pair[0]))} → {number(np.mean(pair[1]))}")
+        if parts:
+            told.append(f"{bits}: " + ", ".join(parts))
+    seeds = {
+        r["seed"] for r in result["rows"] if r["rotation"] in (*STARTS, "DFRot(RO)", "DFRot(RH)")
+    }
+    return {
+        "means": "; ".join(told) or "nothing to compare",
+        "seeds": style.count(len(seeds), "seed"),
+    }
+
+
+@figure(NOTEBOOK, _perplexity_numbers)
+def dfrot_perplexity(result: dict[str, Any]) -> Figure:
+    """Perplexity by rotation at each setting of bits: mean ± sd, seeds as dots, FP as a line."""
+    groups = {b: cells for b, cells in _groups(result).items() if set(cells) & set(ORDER)}
+    fp = {b: _floating_point(result, b) for b in groups}
+    shown = {b: [n for n in ORDER if n in cells and n != "NR"] for b, cells in groups.items()}
+    fig = style.new(PAGE if sum(map(len, shown.values())) > 3 else COLUMN, 2.5)
+    axes = fig.subplots(
+        1, max(len(groups), 1), sharey=True, squeeze=False,
+        width_ratios=[max(len(s), 1) + 0.4 for s in shown.values()] or None,
+    )[0]  # fmt: skip
+    everything = [*fp.values(), *(v for b, ns in shown.items() for n in ns for v in groups[b][n])]
+    for ax, (bits, names) in zip(axes, shown.items(), strict=False):
+        hidden = []
+        for i, name in enumerate(names):
+            values = np.array(groups[bits][name])
+            if not np.isfinite(values).all():
+                hidden.append(f"{style.label(name)}: ∞")
+            values = values[np.isfinite(values)]
+            if not len(values):
+                continue
+            if len(values) > 1:
+                everything += [
+                    values.mean() - values.std(ddof=1),
+                    values.mean() + values.std(ddof=1),
+                ]
+            dots(ax, i, values, name, size=5, aside=0.16)
+            ax.annotate(number(values.mean(), 1), (i, values.mean()), (-6, 0), textcoords="offset points",
+                        ha="right", va="center", fontsize=7, color=COLOUR[name])  # fmt: skip
+        if hidden:
+            style.note(ax, "\n".join(hidden), 0.98, 0.97, ha="right", va="top")
+        ax.axhline(fp[bits], color=COLOUR["FP"], ls=LINE["FP"], lw=0.9, zorder=1)
+        ax.set_xticks(range(len(names)), [style.label(n).replace("(", "\n(") for n in names])
+        ax.set_xlim(-0.9, max(len(names), 1) - 0.5)
+        ax.set_title(f"{bits}")
+        ax.tick_params(axis="x", length=0)
+        ax.grid(axis="y")
+    log = _wide(everything)
+    if log:
+        axes[0].set_yscale("log")
+    axes[0].set_ylim(*style.limits(everything, log=log, margin=0.08))
+    if log:
+        style.log_ticks(axes[0].yaxis, *axes[0].get_ylim())
+    for ax, value in zip(axes, fp.values(), strict=False):
+        if math.isfinite(value):
+            ax.annotate(f"FP {number(value, 1)}", (-0.85, value), (0, 2.5), fontsize=7,
+                        textcoords="offset points", va="bottom")  # fmt: skip
+    axes[0].set_ylabel("perplexity")
+    if not groups:
+        style.note(axes[0], "no perplexity was measured")
+    return fig
+
+
+def _distance_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    told = []
+    for start in STARTS:
+        rows = [r for r in result["losses"] if r["start"] == start]
+        if rows:
+            moved = float(np.mean(array([r["relative_distance"] for r in rows])))
+            cosine = float(np.mean(array([r["mean_column_cosine"] for r in rows])))
+            told.append(f"from {start} {number(moved)} (mean cosine of columns {number(cosine)})")
+    worst = max(
+        (float(array(r["orthogonality_error"])) for r in result["losses"]), default=math.nan
+    )
+    return {"moved": ", ".join(told), "orthogonality": power(worst)}
+
+
+@figure(NOTEBOOK, _distance_numbers)
+def rotation_distance(result: dict[str, Any]) -> Figure:
+    """‖R − R₀‖ / √(2d): how far R1 has moved from its start, 1 being unrelated."""
+    fig = style.new(COLUMN, 1.25)
+    ax = fig.add_subplot()
+    shown = [s for s in STARTS if any(r["start"] == s for r in result["losses"])]
+    for i, start in enumerate(shown):
+        moved = array([r["relative_distance"] for r in result["losses"] if r["start"] == start])
+        ax.plot([0, moved.mean()], [i, i], color=COLOUR["DFRot"], lw=0.8, zorder=1)
+        ax.plot(
+            moved,
+            np.full(len(moved), i),
+            MARKER[start],
+            color=COLOUR["DFRot"],
+            ms=5,
+            mec="white",
+            zorder=2,
+        )
+        ax.annotate(number(moved.mean()), (moved.max(), i), (6, 0), textcoords="offset points",
+                    va="center", fontsize=7)  # fmt: skip
+    ax.axvline(1, color=COLOUR["ink"], ls="--", lw=0.8)
+    ax.text(
+        0.99,
+        0.5,
+        "unrelated",
+        transform=ax.get_xaxis_transform(),
+        fontsize=7,
+        ha="right",
+        va="center",
+    )
+    ax.set_yticks(range(len(shown)), [f"DFRot({s})" for s in shown])
+    ax.set(xlim=(0, 1.02), ylim=(len(shown) - 0.4, -0.6))
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel(r"$\Vert R_1 - R_0\Vert_F\,/\,\sqrt{2d}$ (0: the start itself)")
+    return fig

@@ -1,0 +1,443 @@
+"""Figures draw from any honest result, the same bytes each time, with captions counted from it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+from dfrot_lab import plots, results
+from dfrot_lab.plots import style
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = ("full", "no massive", "one seed", "infinite")
+LAYERS, TOKENS, D = 3, 40, 16
+SITES = [f"layers.{i}.{kind}" for i in range(LAYERS) for kind in ("attention", "mlp")]
+
+
+def synthetic(case: str = "full") -> dict[str, dict]:
+    """One small result a notebook, with every key the studies write, as JSON gives it back."""
+    rng = np.random.default_rng(0)
+    massive = [] if case == "no massive" else [1, 7]
+    seeds = [0] if case == "one seed" else [0, 1, 2]
+    everything = {
+        "01_rotation_invariance": _invariance(rng),
+        "02_ro_vs_rh_error": _token_errors(rng, massive, seeds),
+        "03_massive_tokens_fp16": _kept_tokens(rng, massive, seeds, case == "infinite"),
+        "04_dfrot": _refined(rng, massive, seeds, case == "infinite"),
+    }
+    return json.loads(json.dumps(everything, allow_nan=False))
+
+
+def _invariance(rng) -> dict:
+    stages = ("gains folded", "R1 = RO", "R1 = RH")
+    errors = {"float32": 2e-6, "float64": 0.0}
+    return {
+        "logits": [
+            {"stage": s, "dtype": t, "relative_error": e} for t, e in errors.items() for s in stages
+        ],
+        "surfaces": {"site": SITES[1], "channels": D}
+        | {n: rng.exponential(k, (6, 8)).tolist() for n, k in (("NR", 4), ("RO", 1), ("RH", 1))},
+        "outliers": [
+            {"site": s, "rotation": n, "peak_mean": k, "peak_max": 2 * k, "kurtosis_mean": 3 * k}
+            for s in SITES
+            for n, k in (("NR", 12.5), ("RO", 3.5), ("RH", 3.0))
+        ],
+        "top_activations": [
+            {"layer": i, "top": [900.0 + i, 90.0, 80.0], "token": 0, "channel": 5, "q999": 30.0}
+            | {"median": 0.5}
+            for i in range(LAYERS)
+        ],
+    }
+
+
+def _token_errors(rng, massive, seeds) -> dict:
+    levels = {"NR": (2.0, 0.1), "RO": (0.3, 0.3), "RH": (0.25, 0.05)}
+    scatter = {}
+    for name, (normal, spiked) in levels.items():
+        e = normal * rng.uniform(0.8, 1.25, TOKENS)
+        e[massive] = spiked
+        scatter[name] = e.tolist()
+    rows, table = [], []
+    for site in SITES:
+        for name, level in levels.items():
+            for seed in seeds:
+                row = {"site": site, "rotation": name, "seed": seed, "massive": len(massive)}
+                for group, value in zip(("normal", "massive"), level, strict=True):
+                    there = group == "normal" or (massive and "attention" in site)
+                    v = value / D * (1 + 0.05 * seed)
+                    row[f"{group}_mean"] = v if there else None
+                    row[f"{group}_quantiles"] = [v * q for q in QUANTILES] if there else None
+                    row[f"{group}_RH_above_RO"] = 0.4 if there else None
+                rows.append(row)
+    for name, level in levels.items():
+        for group, value in zip(("normal", "massive"), level, strict=True):
+            if group == "normal" or massive:
+                row = {"rotation": name, "group": group, "mean": value / D, "sd": 1e-4}
+                table.append(
+                    row | {"n": len(seeds), "quantiles": [value / D * q for q in QUANTILES]}
+                )
+    return {
+        "scatter": scatter
+        | {"site": SITES[1], "massive": massive, "massive_text": ["\n"] * len(massive)}
+        | {"published_rule": 3},
+        "by_layer": rows,
+        "statistics": table,
+        "shares": {"normal": {"mean": 0.4, "sd": 0.0, "n": len(seeds)}},
+        "by_kurtosis": [
+            {
+                "kurtosis": 3.0 * 2**i,
+                "ratio": 1 - 0.1 * i,
+                "massive": 0.02 * bool(massive and i > 2),
+            }
+            | {"n": 60}
+            for i in range(4)
+        ],
+        "floor": 0.29,
+        "floor_relative": 0.29 / D,
+    }
+
+
+QUANTILES = (0.6, 0.8, 1.0, 1.2, 1.5)
+
+
+def _row(rotation, keep, seed, ppl, bits="16-4-16", gamma=None) -> dict:
+    infinite = isinstance(ppl, str)
+    return {
+        "rotation": rotation, "keep": keep, "seed": seed, "bits": bits, "gamma": gamma, "windows": 2,
+        "ppl": ppl, "nll": ["inf" if infinite else math.log(ppl)] * 2, "kept": [],
+    }  # fmt: skip
+
+
+def _table(rows) -> list[dict]:
+    cells: dict[tuple, list] = {}
+    for r in rows:
+        cells.setdefault((r["rotation"], r["keep"], r["bits"], r["gamma"]), []).append(r["ppl"])
+    out = []
+    for (rotation, keep, bits, gamma), v in cells.items():
+        cell = {"rotation": rotation, "keep": keep, "bits": bits, "gamma": gamma, "n": len(v)}
+        if any(isinstance(x, str) for x in v):
+            out.append(cell | {"mean": "inf", "sd": "nan"})
+        else:
+            sd = float(np.std(v, ddof=1)) if len(v) > 1 else 0.0
+            out.append(cell | {"mean": float(np.mean(v)), "sd": sd})
+    return out
+
+
+def _kept_tokens(rng, massive, seeds, infinite) -> dict:
+    rows = [_row("FP", "none", 0, 12.5), _row("NR", "none", 0, "inf" if infinite else 43210.0)]
+    levels = {("RO", "none"): 40.0, ("RO", "massive"): 30.0, ("RH", "none"): 28.0}
+    levels |= {("RH", "massive"): 27.0, ("RH2", "none"): 38.0}
+    for (name, keep), level in levels.items():
+        for s in seeds:
+            ppl = "inf" if infinite and (name, keep) == ("RO", "none") else level + 0.5 * s
+            rows.append(_row(name, keep, s, ppl))
+    by_site = [0, 4, 0, 120, 1, 0] if massive else [0] * len(SITES)
+    pairs = sum(by_site)
+    exempt = {
+        "pairs": pairs,
+        "share": pairs / (len(SITES) * TOKENS),
+        "tokens": pairs,
+        "token_share": 0.01,
+        "by_site": by_site,
+        "by_position": {"first": 5, "later": pairs - 5} if massive else {},
+        "by_token": [["\n", 90], [" the", 20], ["$x", 10], ["", 3], ["日本", 2]] if massive else [],
+    }
+    share = "nan" if infinite else 0.75
+    return {
+        "rows": rows,
+        "table": _table(rows),
+        "closed": {"by_seed": [share], "of_means": share, "mean": share, "sd": 0.0, "n": 1},
+        "exempted": [{"rotation": n} | exempt for n in ("NR", "RO", "RH")],
+        "side": [_row(n, "first", 0, 31.0) for n in ("RO", "RH")],
+        "first_token": [
+            {"rotation": n, "seed": 0, "windows": 1, "none": 41.0, "massive": 30.5, "first": 31.0}
+            for n in ("RO", "RH")
+        ],
+    }
+
+
+def _refined(rng, massive, seeds, infinite) -> dict:
+    levels = {"RO": 40.0, "RH": 28.0, "DFRot(RO)": 29.0, "DFRot(RH)": 27.0}
+    rows = [_row("FP", "none", 0, 12.5)]
+    for bits in ("16-4-16", "4-4-16"):
+        for name, level in levels.items():
+            for s in seeds:
+                ppl = "inf" if infinite and name == "RO" else level + s
+                gamma = "100.0" if name.startswith("DFRot") else None
+                rows.append(_row(name, "none", s, ppl, bits, gamma))
+    x = rng.normal(size=D)
+    token = {
+        n: {"x": x.tolist(), "q": (x / 0.4).round().tolist(), "squared_error": e}
+        for n, e in (("NR", 2.5), ("RO", 9.75), ("RH", 1.5), ("DFRot", 0.25))
+    }
+    losses = [
+        {
+            "start": start,
+            "seed": s,
+            "quantized": [0.03 / (1 + t) for t in range(5)],
+            "rotated": [0.025 / (1 + t) for t in range(5)],
+            "rows": 320,
+            "massive_rows": len(massive),
+            "orthogonality_error": 2e-15,
+            "relative_distance": 0.4 + 0.1 * s,
+            "mean_column_cosine": 0.7,
+        }
+        for start in ("RH", "RO")
+        for s in seeds
+    ]
+    gammas = ["1.0", "10.0", "100.0", "inf"]
+    return {
+        "rows": rows,
+        "table": _table(rows),
+        "losses": losses,
+        "token": {"site": SITES[1], "index": 7, "text": "\n", "rotations": token}
+        if massive
+        else None,
+        "scatter": {"site": SITES[1], "massive": massive}
+        | {n: rng.uniform(0.1, 0.4, TOKENS).tolist() for n in ("RH", "DFRot")},
+        "gamma": [
+            {"start": s, "gamma": g, "ppl": "inf" if infinite and g == "inf" else 30.0 - i}
+            for s in ("RH", "RO")
+            for i, g in enumerate([*gammas, "none"])
+        ],
+        "paired": [],
+        "parameters_used": {"bits": "16-4-16"},
+    }
+
+
+RESULTS = {case: synthetic(case) for case in CASES}
+FULL = RESULTS["full"]
+
+
+def of(name: str, everything: dict[str, dict] = FULL) -> dict:
+    return everything[plots.FIGURES[name].notebook]
+
+
+WITH_MASSIVE = ["error_scatter", "error_bars_3d", "error_by_layer", "error_quantiles"]
+WITH_MASSIVE += ["ratio_by_kurtosis", "exempted_tokens", "massive_token", "dfrot_scatter"]
+WITH_MASSIVE += ["loss_curves"]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        (name, case)
+        for name in plots.FIGURES
+        for case in CASES
+        if case == "full" or of(name, RESULTS[case]) != of(name)
+    ],
+)
+def test_every_figure_draws_from_every_result(name, case):
+    result = of(name, RESULTS[case])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # missing letters and layouts that collapse are warnings
+        fig = plots.draw(name, result)
+        if case == "full":
+            fig.savefig(io.BytesIO(), format="png", dpi=40)
+        else:
+            fig.draw_without_rendering()
+    told = plots.caption(name, result)
+    assert fig.axes and "{" not in told and "nan" not in told.lower().split() and len(told) > 60
+    assert fig.get_size_inches()[0] in (style.COLUMN, style.PAGE)
+    if case == "no massive" and name in WITH_MASSIVE:
+        assert any(s in texts(fig) for s in ("no massive", "no token")), texts(fig)
+
+
+def texts(fig) -> str:
+    return "\n".join(t.get_text() for t in fig.findobj(mpl.text.Text))
+
+
+def test_what_is_off_the_scale_is_told():
+    hero = texts(plots.draw("massive_tokens_fp16", of("massive_tokens_fp16")))
+    assert "43,210" in hero and "75 % closed" in hero and "gap 12.0" in hero
+    infinite = RESULTS["infinite"]
+    assert "∞" in texts(plots.draw("massive_tokens_fp16", of("massive_tokens_fp16", infinite)))
+    assert "infinite" in texts(plots.draw("gamma_sweep", of("gamma_sweep", infinite)))
+    assert "RO: ∞" in texts(plots.draw("dfrot_perplexity", of("dfrot_perplexity", infinite)))
+
+
+def test_massive_tokens_are_never_thinned_out():
+    found = copy.deepcopy(of("error_bars_3d"))
+    for n in ("NR", "RO", "RH"):
+        found["scatter"][n] = list(np.linspace(1, 2, 3000))
+    found["scatter"]["massive"] = list(range(0, 3000, 50))
+    told = plots.caption("error_bars_3d", found)
+    assert "60 massive tokens" in told and "22 normal tokens" in told
+    plots.draw("error_bars_3d", found)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logit_errors", lambda r: r["logits"][0].update(relative_error=7.7e-4)),
+        ("magnitude_surfaces", lambda r: r["surfaces"]["NR"][0].__setitem__(0, 77.7)),
+        ("outliers_by_layer", lambda r: r["outliers"][0].update(peak_mean=77.7)),
+        ("top_activations", lambda r: r["top_activations"][1].update(top=[7777.0, 7.0, 7.0])),
+        ("error_scatter", lambda r: r.update(floor=7.77)),
+        ("error_bars_3d", lambda r: r["scatter"].update(site="layers.77.mlp")),
+        ("error_by_layer", lambda r: r["statistics"][0].update(mean=0.0777)),
+        ("error_quantiles", lambda r: r["statistics"][0].update(mean=0.0777)),
+        ("ratio_by_kurtosis", lambda r: r["by_kurtosis"][0].update(ratio=0.77)),
+        ("massive_tokens_fp16", lambda r: r["closed"].update(of_means=0.77)),
+        ("exempted_tokens", lambda r: r["exempted"][1].update(pairs=777)),
+        ("loss_curves", lambda r: r["losses"][0].update(rows=777)),
+        ("massive_token", lambda r: r["token"]["rotations"]["RO"].update(squared_error=77.7)),
+        ("dfrot_scatter", lambda r: r["scatter"].update(site="layers.77.mlp")),
+        ("gamma_sweep", lambda r: r["gamma"][1].update(ppl=7.77)),
+        ("dfrot_perplexity", lambda r: [x.update(ppl=7.77) for x in r["rows"]]),
+        ("rotation_distance", lambda r: [x.update(relative_distance=0.77) for x in r["losses"]]),
+    ],
+)
+def test_captions_are_counted_from_the_result(name, change):
+    changed = copy.deepcopy(of(name))
+    change(changed)
+    before, after = plots.caption(name, of(name)), plots.caption(name, changed)
+    seven = [t.replace(".", "").replace(",", "").count("77") for t in (before, after)]
+    assert seven[1] > seven[0] == 0
+
+
+def test_the_case_list_above_and_the_captions_are_complete():
+    [mark] = test_captions_are_counted_from_the_result.pytestmark
+    assert {name for name, _ in mark.args[1]} == set(plots.FIGURES) == set(plots._templates())
+    assert set(plots.FIGURES) <= set(plots.__all__)
+    assert all(callable(getattr(plots, name)) for name in plots.FIGURES)
+
+
+WRITTEN = ("massive_tokens_fp16", "error_scatter", "magnitude_surfaces")
+ELSEWHERE = """
+import json, sys
+from pathlib import Path
+from dfrot_lab import plots, tables
+root = Path(sys.argv[1])
+for name, spec in plots.FIGURES.items():
+    result = json.loads((root / spec.notebook / "result.json").read_text())
+    fig = plots.draw(name, result)
+    if name in sys.argv[2:]:
+        plots.save(fig, name, root / spec.notebook / "figures", plots.caption(name, result))
+for module in ("torch", "transformers", "matplotlib.pyplot"):
+    assert module not in sys.modules, module
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    """Figures drawn by a process of its own, with other settings, that must not load torch."""
+    root = tmp_path_factory.mktemp("results")
+    for notebook, result in FULL.items():
+        results.save(root / notebook, result, {})
+    environment = os.environ | {
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "MPLBACKEND": "svg",
+        "SOURCE_DATE_EPOCH": "1",
+    }
+    command = [sys.executable, "-c", ELSEWHERE, str(root), *WRITTEN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_bytes_are_the_same_on_every_run(name, elsewhere, tmp_path):
+    with mpl.rc_context({"font.size": 20, "savefig.dpi": 50, "pdf.fonttype": 3}):  # a user's own
+        fig = plots.draw(name, of(name))
+        paths = plots.save(fig, name, tmp_path / "figures", plots.caption(name, of(name)))
+        assert mpl.rcParams["font.size"] == 20
+    assert [p.suffix for p in paths] == [".pdf", ".png", ".md"]
+    for path in paths:
+        other = elsewhere / plots.FIGURES[name].notebook / "figures" / path.name
+        assert path.read_bytes() == other.read_bytes(), path.name
+
+
+def test_redraw_draws_what_has_a_result_and_writes_it_whole(tmp_path):
+    results.save(tmp_path / "03_massive_tokens_fp16", of("massive_tokens_fp16"), {})
+    (tmp_path / "unrelated").mkdir()
+    done = plots.redraw(tmp_path)
+    folder = tmp_path / "03_massive_tokens_fp16" / "figures"
+    assert sorted(done) == sorted(folder.iterdir()) and len(done) == 6
+    hero = folder / "massive_tokens_fp16"
+    pdf, png = hero.with_suffix(".pdf").read_bytes(), hero.with_suffix(".png").read_bytes()
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf and b"CreationDate" not in pdf
+    assert b"tIME" not in png and b"Software" not in png
+    assert int.from_bytes(png[16:20], "big") >= 200 * style.PAGE
+    assert hero.with_suffix(".md").read_text().strip() == plots.caption(
+        "massive_tokens_fp16", of("massive_tokens_fp16")
+    )
+
+
+def test_figures_show_themselves_in_jupyter():
+    fig = plots.massive_tokens_fp16(of("massive_tokens_fp16"))
+    png, size = fig._repr_png_()
+    assert png.startswith(b"\x89PNG") and size["width"] == round(96 * style.PAGE)
+    assert fig._repr_png_()[0] == png
+
+
+def test_a_rotation_has_one_colour_and_they_differ():
+    names = ("NR", "RO", "RH", "RH2", "DFRot", "massive", "FP")
+    assert len({style.COLOUR[n].lower() for n in names}) == len(names)
+    assert len({style.MARKER[n] for n in names}) == len(names)
+    assert style.COLOUR["DFRot(RO)"] == style.COLOUR["DFRot(RH)"] == style.COLOUR["DFRot"]
+    rgb = np.array([mpl.colors.to_rgb(style.COLOUR[n]) for n in names])
+    apart = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1) + 9 * np.eye(len(names))
+    assert apart.min() > 0.25
+
+
+def test_unknown_names_and_missing_results_say_so_in_a_line(tmp_path):
+    with pytest.raises(plots.PlotError, match="'nonsense' is unknown: use one of logit_errors, "):
+        plots.draw("nonsense", {})
+    with pytest.raises(plots.PlotError, match="'nonsense' has no figures"):
+        plots.draw_notebook("nonsense", tmp_path)
+    with pytest.raises(results.ResultError, match=r"result\.json does not exist"):
+        plots.draw_notebook("04_dfrot", tmp_path)
+    with pytest.raises(results.ResultError, match=r"holds no NOTEBOOK/result\.json"):
+        plots.redraw(tmp_path)
+    for ask in (plots.draw, plots.caption):
+        with pytest.raises(
+            results.ResultError, match=r"needs 'gamma'.*run notebook 04_dfrot"
+        ) as caught:
+            ask("gamma_sweep", {})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", [".pdf", ".png"])
+def test_a_failure_leaves_no_part_of_a_file(broken, tmp_path, monkeypatch):
+    fig = plots.draw("rotation_distance", of("rotation_distance"))
+    whole = fig.savefig
+
+    def savefig(path, **options):
+        if Path(path).suffix == broken:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("stop")
+        whole(path, **options)
+
+    monkeypatch.setattr(fig, "savefig", savefig)
+    (tmp_path / f"rotation_distance{broken}").write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="stop"):
+        plots.save(fig, "rotation_distance", tmp_path, "caption")
+    assert (tmp_path / f"rotation_distance{broken}").read_bytes() == b"old"
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_labels_are_moved_apart_in_order():
+    assert style.apart([1.0, 5.0], 1) == [1.0, 5.0]
+    assert style.apart([5.0, 1.0, 1.0], 1) == [5.0, 0.5, 1.5]
+    moved = style.apart([0.0, 0.1, 0.2, 0.25], 0.5)
+    assert moved == sorted(moved) and np.diff(moved).min() >= 0.5 - 1e-9
+
+
+def test_white_space_of_tokens_is_visible():
+    assert style.visible(" the\n") == "␣the↵"
+    assert style.visible("") == "∅"
+    assert style.visible("日") == "U+65E5"
+    assert len(style.visible("a" * 40)) == 12
