@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -165,8 +165,8 @@ def optimize(
         )
     log = Log([], [], sum(len(w) for w in weights), count)
     checkpoint = Path(checkpoint) if checkpoint else None
-    settings = f"{spec} {weighting} {dtype} {iterations} {total!r}"
-    key = hashlib.sha256(settings.encode() + r.numpy().tobytes())
+    settings = f"{spec} {weighting} {dtype} {iterations} {rows}"
+    key = hashlib.sha256(settings.encode() + r.numpy().tobytes() + gram.cpu().numpy().tobytes())
     if checkpoint and checkpoint.exists():
         r = _resume(checkpoint, key.hexdigest(), log, r)
     r = r.to(device)
@@ -232,7 +232,7 @@ def _save_state(path: Path, key: str, log: Log, r: Tensor) -> None:
         for half in ("quantized", "rotated")
     }
     with files.atomic(path) as partial:
-        save_file(state, partial, metadata={"key": key})
+        partial.write_bytes(serialize(state, metadata={"key": key}))
 
 
 def _resume(path: Path, key: str, log: Log, r: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ class Lab:
         for name in ("seqlen", "calibration", "iterations", "threads"):
             if getattr(self, name) < 1:
                 raise LabError(f"{name} = {getattr(self, name)}: use a positive number")
-        if self.dtype not in ("float32", "float16", "bfloat16", "float64"):
-            raise LabError(f"dtype = {self.dtype!r}: use float32, float16, bfloat16 or float64")
+        if self.dtype not in models.DTYPES:
+            raise LabError(f"dtype = {self.dtype!r}: use one of {', '.join(models.DTYPES)}")
         torch.set_num_threads(self.threads)
         object.__setattr__(self, "folder", files.project_root() / self.folder)
 

@@ -65,6 +65,8 @@ class Architecture:
 # the residual stream, so the same names and the same algebra serve all four.
 ARCHITECTURES = {t: Architecture(t) for t in ("llama", "mistral", "qwen2", "qwen3")}
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
 _REFUSED = {
     "gemma": "its RMSNorm multiplies by (1 + gain)",
     "gemma2": "its post-norms act on what a sublayer adds, where a gain does not commute with R1",
@@ -205,8 +207,13 @@ def load(
 
     model_id: 'demo' (SmolLM2-135M-Instruct from the packaged assets), 'tiny:llama' (also mistral,
     qwen2, qwen3; random weights with a planted massive token), a Hugging Face id, a folder, or a
-    .gguf file. Raises ModelError for an unknown id, an unreachable hub or an unsupported family.
+    .gguf file. Raises ModelError for an unknown id, dtype or device, an unreachable hub or an
+    unsupported family.
     """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device = {device!r}: this torch sees no CUDA device, use 'cpu'")
     if model_id.startswith("tiny:"):
         model = tiny(model_id.removeprefix("tiny:"))
     else:

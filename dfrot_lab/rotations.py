@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from dfrot_kernels import hadamard
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from dfrot_lab import files, models
@@ -109,12 +109,9 @@ def check(r: Tensor, d: int, name: str = "R1") -> Tensor:
 def save(path: str | Path, r: Tensor, metadata: dict) -> Path:
     """Write R [d, d] as fp64 safetensors with JSON metadata, atomically. Returns the path."""
     check(r, r.shape[-1], "R")
+    about = {"dfrot": json.dumps(metadata, sort_keys=True)}
     with files.atomic(path) as partial:
-        save_file(
-            {"R": r.double().contiguous().cpu()},
-            partial,
-            metadata={"dfrot": json.dumps(metadata, sort_keys=True)},
-        )
+        partial.write_bytes(serialize({"R": r.double().contiguous().cpu()}, metadata=about))
     return Path(path)
 
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from dfrot_lab import notebooks, profiles
 
@@ -49,16 +51,15 @@ def test_the_same_run_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_runs_from_the_notebooks_folder(tmp_path):
-    code = (
-        "import nbformat, sys\n"
-        "from nbclient import NotebookClient\n"
-        "nb = nbformat.read('01_rotation_invariance.ipynb', 4)\n"
-        "cell = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))\n"
-        f'cell.source = \'model="tiny:llama";corpus="pydoc";seqlen=64;calibration=1;dtype="float32";'
-        f'device="cpu";threads=1;folder={str(tmp_path)!r};site="layers.1.mlp";tokens=32;seed=0\'\n'
-        "NotebookClient(nb, kernel_name='python3').execute()"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "notebooks", check=True)
+    """As in JupyterLab: the kernel starts beside the notebook, not in the project's root."""
+    values = {"model": "tiny:llama", "corpus": "pydoc", "seqlen": 64, "calibration": 1}
+    values |= {"dtype": "float32", "device": "cpu", "threads": 1, "folder": str(tmp_path)}
+    values |= {"site": "layers.1.mlp", "tokens": 32, "seed": 0}
+    notebook = nbformat.read(ROOT / "notebooks" / "01_rotation_invariance.ipynb", 4)
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+    NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
     assert (tmp_path / "01_rotation_invariance" / "result.json").exists()
 
 

@@ -1,0 +1,107 @@
+"""What several test files share: an offline session, tiny models, and slow independent references."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
+os.environ.pop("HF_TOKEN", None)
+
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from dfrot_kernels.reference import QuantSpec
+from hypothesis import settings
+from scipy.stats import ortho_group
+from torch import Tensor, nn
+
+from dfrot_lab import models
+
+torch.set_num_threads(1)  # everything here is tiny: threads would only wait for each other
+# the same examples on every machine and run: a tolerance that fails here fails everywhere
+settings.register_profile("dfrot", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("dfrot")
+
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Connections that leave this machine fail the test that makes them."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address) -> None:
+        remote = self.family in (socket.AF_INET, socket.AF_INET6)
+        if remote and not str(address[0]).startswith(LOOPBACK):
+            raise AssertionError(f"a test reached for the network: {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    """A tiny LLaMA with its gains folded: hidden 64, 4 heads over 2, 2 layers."""
+    return models.fold_gains(models.tiny("llama"))
+
+
+def haar(d: int, seed: int = 0) -> Tensor:
+    """A random orthogonal [d, d] in fp64 that owes nothing to the code under test."""
+    return torch.from_numpy(ortho_group.rvs(d, random_state=seed))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """max|a − b| / max|b| in fp64."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def random_tokens(seed: int = 0, shape: tuple[int, ...] = (2, 12)) -> Tensor:
+    """Bytes as ByT5 numbers them, newlines among them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 259, shape, generator=generator)
+    tokens[..., shape[-1] // 2] = NEWLINE
+    return tokens
+
+
+NEWLINE = 3 + ord("\n")
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(tokens, use_cache=False).logits
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """`model` in fp64, norms included."""
+    return models.preserve_norm_dtype(model.double())
+
+
+def slow_quantize(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """(codes, x̂) by the definition of Δ and z, one number at a time in Python's fp64."""
+    x = x.double()
+    if spec.granularity == "tensor":
+        shares = x.reshape(1, -1)
+    else:
+        shares = x.reshape(-1, spec.group_size or x.shape[-1])
+    low, high = spec.code_range
+    codes, values = [], []
+    for share in shares.tolist():
+        if spec.symmetric:
+            step, zero = max(abs(v) for v in share) * spec.clip / high, 0
+        else:
+            least, most = min(0.0, *share) * spec.clip, max(0.0, *share) * spec.clip
+            step = (most - least) / (high - low)
+            zero = round(-least / (step or 1.0))
+        step = step or 1.0
+        row = [min(max(round(v / step) + zero, low), high) for v in share]
+        codes.append(row)
+        values.append([(q - zero) * step for q in row])
+    return tuple(
+        torch.tensor(np.array(t), dtype=torch.float64).reshape(x.shape) for t in (codes, values)
+    )

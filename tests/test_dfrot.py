@@ -1,0 +1,355 @@
+"""The alternation: each half step against a direct evaluation, the whole against what was planted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import haar, relative, slow_quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfrot_lab import dfrot, massive, rotations
+from dfrot_lab.activations import Activations, ActivationsError
+from dfrot_lab.dfrot import Weighting, loss, optimize, polar
+from dfrot_lab.quantizers import QuantSpec, fake_quantize
+from dfrot_lab.rotations import RotationError
+
+FP64 = torch.float64
+SPECS = st.builds(QuantSpec, bits=st.sampled_from([3, 4]), symmetric=st.booleans())
+WEIGHTINGS = st.builds(
+    Weighting,
+    gamma=st.sampled_from([0.0, 0.3, 1.0, 100.0, math.inf]),
+    form=st.sampled_from(["sum", "group_mean"]),
+    rule=st.just("floor"),
+)
+
+
+def rows(seed: int, sites: int = 2, tokens: int = 40, d: int = 12, dtype=FP64) -> Activations:
+    """Heavy-tailed rows of norm √d, every eighth of them a spike: massive."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sites, tokens, d, generator=generator, dtype=FP64) ** 3
+    x[:, ::8] *= 0.002
+    x[:, ::8, seed % d] = 3 + seed % 5
+    return Activations.of((x * d**0.5 / x.norm(dim=-1, keepdim=True)).to(dtype))
+
+
+def expected_weights(x: Activations, spec: QuantSpec, weighting: Weighting) -> torch.Tensor:
+    """w² of every row, straight from the two formulas."""
+    heavy = massive.is_massive(x.X.flatten(0, 1), spec)
+    assert heavy.any() and not heavy.all()
+    w = torch.ones(len(heavy), dtype=FP64)
+    w[heavy] = weighting.gamma**2
+    if math.isinf(weighting.gamma):
+        w = heavy.double()
+    if weighting.form == "group_mean":
+        w /= torch.where(heavy, heavy.sum(), (~heavy).sum())
+    return w
+
+
+# --- polar -----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.floats(0, 14), st.integers(0, 99))
+def test_polar_is_the_nearest_rotation_at_any_conditioning(d, decades, seed):
+    u, v = haar(max(d, 2), seed), haar(max(d, 2), seed + 1)
+    s = torch.logspace(0, -decades, len(u), dtype=FP64) * 10 ** (seed % 7 - 3)
+    m = (u * s) @ v.mT
+    q = polar(m)
+    assert rotations.orthogonality_error(q) < 1e-12
+    assert (q * m).sum().item() == pytest.approx(s.sum().item(), rel=1e-12)  # the maximum: Σσ
+    h = q.mT @ m  # symmetric and positive, as a polar factor's partner
+    assert (h - h.mT).abs().max() < 1e-12 * s.max()
+    assert relative(q, u @ v.mT) < 1e-14 * 10**decades + 1e-12
+    assert (
+        relative(q, torch.from_numpy(scipy.linalg.polar(m.numpy())[0]))
+        < 1e-14 * 10**decades + 1e-12
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_polar_of_a_singular_matrix_is_a_rotation_and_optimal(rank):
+    u, v = haar(9, 1), haar(9, 2)
+    m = u[:, :rank] @ v[:, :rank].mT
+    q = polar(m)
+    assert rotations.orthogonality_error(q) < 1e-12
+    assert (q * m).sum().item() == pytest.approx(rank, abs=1e-12)
+
+
+def test_polar_takes_fp32():
+    m = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(polar(m), polar(m.double()))
+
+
+# --- weights and loss ------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 999), SPECS, WEIGHTINGS)
+def test_weights_and_loss_are_the_written_sums(seed, spec, weighting):
+    x, r = rows(seed), haar(12, seed)
+    w = expected_weights(x, spec, weighting)
+    weights, count = dfrot.row_weights(x, spec, weighting)
+    assert torch.allclose(torch.cat(weights), w, rtol=1e-14, atol=0)
+    assert count == massive.is_massive(x.X, spec).sum()
+    y = x.X.flatten(0, 1)
+    error = (y @ r - slow_quantize(y @ r, spec)[1]).square().sum(-1)
+    wanted = (w * error).sum() / (w * y.square().sum(-1)).sum()
+    assert loss(x, r, spec, weighting) == pytest.approx(wanted.item(), rel=1e-12)
+
+
+def test_published_rule_weighs_what_it_finds():
+    x, spec = rows(0, d=12), QuantSpec()
+    x.X[:, 1::3] *= 100
+    mask = massive.published_rule(x.X, spec).flatten()
+    weights, count = dfrot.row_weights(x, spec, Weighting(gamma=3, rule="published"))
+    assert 0 < count == mask.sum() < len(mask)
+    assert torch.equal(torch.cat(weights), torch.where(mask, 9.0, 1.0).double())
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"gamma": -1.0}, r"gamma = -1\.0: use a number ≥ 0"),
+        ({"gamma": math.nan}, "gamma = nan"),
+        ({"form": "mean"}, "form = 'mean': use 'sum' or 'group_mean'"),
+        ({"rule": "l2"}, "rule = 'l2': use 'floor' or 'published'"),
+    ],
+)
+def test_bad_weightings(options, said):
+    with pytest.raises(ValueError, match=said):
+        Weighting(**options)
+
+
+# --- half steps ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 999),
+    SPECS,
+    WEIGHTINGS,
+    st.tuples(st.integers(1, 3), st.integers(9, 60), st.integers(3, 24)),
+    st.sampled_from(["RO", "RH"]),
+)
+def test_the_procrustes_step_never_raises_the_loss(seed, spec, weighting, shape, start):
+    x = rows(seed, *shape)
+    _, count = dfrot.row_weights(x, spec, Weighting())
+    if count in (0, x.X[..., 0].numel()):  # γ may then leave nothing to weigh
+        weighting = Weighting(gamma=1.0)
+    r0 = rotations.START[start](x.d, seed)
+    r, log = optimize(x, r0, spec, weighting, iterations=3, dtype=FP64)
+    assert rotations.orthogonality_error(r) <= 1e-12
+    assert len(log.quantized) == len(log.rotated) == 3
+    for before, after in zip(log.quantized, log.rotated, strict=True):
+        assert after <= before + 1e-13
+    assert (log.rows, log.massive_rows) == (shape[0] * shape[1], count)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(FP64, 1e-11), (torch.float32, 1e-5)])
+@given(seed=st.integers(0, 999), spec=SPECS, weighting=WEIGHTINGS)
+@settings(max_examples=15)
+def test_the_log_is_a_direct_evaluation(dtype, tolerance, seed, spec, weighting):
+    x = rows(seed, dtype=dtype)
+    w, y = expected_weights(x, spec, weighting), x.X.flatten(0, 1)
+    total = (w * y.double().square().sum(-1)).sum()
+    runs = [
+        optimize(x, haar(12, seed), spec, weighting, iterations=i, dtype=dtype) for i in range(4)
+    ]
+    for t, ((r, _), (refined, log)) in enumerate(itertools.pairwise(runs)):
+        codes = fake_quantize(y @ r.to(dtype), spec).double()
+        error = (y.double() @ refined - codes).square().sum(-1)
+        assert log.rotated[t] == pytest.approx(((w * error).sum() / total).item(), rel=tolerance)
+        assert log.quantized[t] == pytest.approx(loss(x, r, spec, weighting), rel=1e-12)
+
+
+def test_fp32_follows_fp64():
+    x, start = rows(3, tokens=400), haar(12, 3)
+    double = optimize(x, start, QuantSpec(), Weighting(), iterations=1, dtype=FP64)
+    single = optimize(x, start, QuantSpec(), Weighting(), iterations=1)
+    assert relative(single[0], double[0]) < 1e-5
+    assert single[1].rotated == pytest.approx(double[1].rotated, rel=1e-5)
+    assert rotations.orthogonality_error(single[0]) <= 1e-12
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    x, start = rows(4, sites=3, tokens=2100, d=8), haar(8, 4)
+    assert [len(c) for c in x.chunks()] == [2048, 52] * 3
+    cut = optimize(x, start, QuantSpec(), Weighting(), iterations=3, dtype=FP64)
+    assert loss(x, start, QuantSpec(), Weighting()) == pytest.approx(cut[1].quantized[0], rel=1e-12)
+    whole = Activations.chunks
+    monkeypatch.setattr(Activations, "chunks", lambda self, rows=0: whole(self, 10**9))
+    uncut = optimize(x, start, QuantSpec(), Weighting(), iterations=3, dtype=FP64)
+    assert relative(cut[0], uncut[0]) < 1e-10
+    assert cut[1].rotated == pytest.approx(uncut[1].rotated, rel=1e-10)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_planted_rotation_is_recovered(symmetric):
+    """Rows that some R puts exactly on the grid: started near it, the loss falls to nothing."""
+    spec, planted = QuantSpec(symmetric=symmetric), haar(8, 7)
+    low, high = spec.code_range
+    codes = torch.randint(low + 1, high, (2000, 8), generator=torch.Generator().manual_seed(1))
+    codes = codes.double() - (0 if symmetric else 7)
+    codes[:, 0], codes[:, 1] = (7, -7) if symmetric else (8, -7)  # the grid's own scale
+    codes = codes[:, torch.randperm(8, generator=torch.Generator().manual_seed(2))]
+    x = Activations.of(codes @ planted.mT)
+    skew = 0.01 * np.random.default_rng(3).standard_normal((8, 8))
+    start = planted @ torch.from_numpy(scipy.linalg.expm(skew - skew.T))
+    assert loss(x, start, spec, Weighting(1.0)) > 1e-4
+    r, log = optimize(x, start, spec, Weighting(1.0), iterations=60, dtype=FP64)
+    assert log.rotated[-1] < 1e-12
+    assert relative(r, planted) < 1e-6
+
+
+def test_refining_helps_on_rows_with_spikes():
+    x, spec = rows(5, tokens=300, d=32), QuantSpec()
+    start = rotations.random_orthogonal(32)
+    r, _ = optimize(x, start, spec, Weighting(), iterations=30)
+    assert loss(x, r, spec, Weighting()) < 0.8 * loss(x, start, spec, Weighting())
+
+
+def test_no_iterations_return_the_start():
+    start = haar(12)
+    r, log = optimize(rows(0), start, QuantSpec(), Weighting(), iterations=0)
+    assert torch.equal(r, start) and r is not start and log.rotated == []
+
+
+def test_inputs_are_left_alone():
+    x, start = rows(6), haar(12)
+    before = x.X.clone(), start.clone()
+    optimize(x, start, QuantSpec(), Weighting(), iterations=3)
+    assert torch.equal(x.X, before[0]) and torch.equal(start, before[1])
+
+
+# --- shares of the rows ----------------------------------------------------------------------------
+
+
+def test_a_share_keeps_massive_rows_and_the_expected_loss():
+    x, spec, weighting = rows(8, tokens=4000), QuantSpec(), Weighting(gamma=3.0)
+    weights, count = dfrot.row_weights(x, spec, weighting)
+    few, scaled = dfrot.subsample(x, spec, weighting, weights, 0.25, seed=1)
+    assert [len(w) for w in scaled] == [len(c) for c in few.chunks()]
+    w = torch.cat(scaled)
+    assert torch.equal(w, torch.where(massive.is_massive(few.X[0], spec), 9.0, 4.0).double())
+    assert (w == 9).sum() == count
+    other = dfrot.subsample(x, spec, weighting, weights, 0.25, seed=2)[0]
+    assert other.X.shape != few.X.shape or not torch.equal(other.X, few.X)
+    assert w.sum().item() == pytest.approx(torch.cat(weights).sum().item(), rel=0.03)
+
+
+def test_the_whole_share_is_the_whole():
+    x = rows(9)
+    weights, _ = dfrot.row_weights(x, QuantSpec(), Weighting())
+    assert dfrot.subsample(x, QuantSpec(), Weighting(), weights, 1.0) == (x, weights)
+    for share in (0, 1.1, -1, math.nan):
+        with pytest.raises(ValueError, match=r"rows = .*: use a share in \(0, 1\]"):
+            optimize(x, haar(12), QuantSpec(), Weighting(), rows=share)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------
+
+
+def interrupted(monkeypatch, path, x, start, weighting, at: int, **options) -> None:
+    """Run until the `at`-th polar factor, then stop as Ctrl-C would."""
+    calls, real = [], dfrot.polar
+
+    def stop(m):
+        calls.append(m)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(m)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dfrot, "polar", stop)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(x, start, QuantSpec(), weighting, checkpoint=path, every=3, **options)
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(monkeypatch, tmp_path):
+    x, start, path = rows(10), haar(12, 1), tmp_path / "state.safetensors"
+    wanted = optimize(x, start, QuantSpec(), Weighting(), iterations=10)
+    interrupted(monkeypatch, path, x, start, Weighting(), at=9, iterations=10)
+    assert path.exists()
+    steps, accumulate = [], dfrot._accumulate
+    monkeypatch.setattr(dfrot, "_accumulate", lambda *a: steps.append(1) or accumulate(*a))
+    found = optimize(x, start, QuantSpec(), Weighting(), iterations=10, checkpoint=path, every=3)
+    assert len(steps) == 4  # six of ten were saved
+    assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changed", ["gamma", "start", "rows", "spec", "iterations", "dtype", "share"]
+)
+def test_a_checkpoint_of_another_optimisation_is_not_taken(monkeypatch, tmp_path, changed):
+    x, start, path = rows(10), haar(12, 1), tmp_path / "state.safetensors"
+    interrupted(monkeypatch, path, x, start, Weighting(), at=9, iterations=10)
+    spec, weighting, options = QuantSpec(), Weighting(), {"iterations": 10}
+    if changed == "gamma":
+        weighting = Weighting(gamma=7.0)
+    elif changed == "start":
+        start = haar(12, 2)
+    elif changed == "rows":
+        x = rows(11)
+    elif changed == "spec":
+        spec = QuantSpec(symmetric=True)
+    elif changed == "dtype":
+        options["dtype"] = FP64
+    elif changed == "share":
+        options["rows"] = 0.5
+    else:
+        options["iterations"] = 4
+    wanted = optimize(x, start, spec, weighting, **options)
+    found = optimize(x, start, spec, weighting, checkpoint=path, **options)
+    assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_rows_are_refused(bad):
+    x = rows(0)
+    x.X[1, 3, 2] = bad
+    for call in (loss, optimize):
+        with pytest.raises(
+            ActivationsError, match="hold NaN or Inf: collect them again in float32"
+        ):
+            call(x, haar(12), QuantSpec(), Weighting())
+
+
+def test_no_massive_row_for_an_infinite_gamma():
+    x = Activations.of(torch.tensor([[1.0, 0.3, -0.21, 0.4]]).repeat(30, 1))
+    assert not massive.is_massive(x.X, QuantSpec(bits=2)).any()
+    with pytest.raises(ActivationsError, match="gamma = inf, but no calibration row is massive"):
+        optimize(x, haar(4), QuantSpec(bits=2), Weighting(gamma=math.inf))
+
+
+def test_nothing_to_weigh():
+    x = Activations.of(torch.eye(4).repeat(5, 1))
+    with pytest.raises(ActivationsError, match=r"no calibration row counts: .* \(gamma = 0\.0\)"):
+        optimize(x, haar(4), QuantSpec(), Weighting(gamma=0.0))
+
+
+def test_a_wrong_start_is_refused():
+    with pytest.raises(RotationError, match=r"start is \[8, 8\] but the model needs \[12, 12\]"):
+        optimize(rows(0), haar(8), QuantSpec(), Weighting())
+    with pytest.raises(RotationError, match="start is not orthogonal"):
+        optimize(rows(0), 2 * haar(12), QuantSpec(), Weighting())
+
+
+def test_distance():
+    r = haar(50, 1)
+    assert dfrot.distance(r, r) == pytest.approx(
+        {"relative_distance": 0, "mean_column_cosine": 1}, abs=1e-12
+    )
+    far = dfrot.distance(haar(50, 2), r)
+    assert far["relative_distance"] == pytest.approx(1, abs=0.05)
+    assert abs(far["mean_column_cosine"]) < 0.1
+    turned = r.clone()
+    turned[:, 0] *= -1
+    assert dfrot.distance(turned, r)["relative_distance"] == pytest.approx((2 * 1 / 50) ** 0.5)
