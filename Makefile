@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROFILE ?= demo
 CORES ?= all
+HOME_OF = results/$(basename $(notdir $(PROFILE)))
 BIN := .venv/bin
 
 .PHONY: figures redraw publish test test-slow lint setup clean
@@ -11,10 +12,10 @@ figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and result
 	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES)
 
 redraw: .venv/.ready  ## draw every figure again from its result, in seconds
-	$(BIN)/dfrot-lab redraw results/$(PROFILE)
+	$(BIN)/dfrot-lab redraw $(HOME_OF)
 
 publish: .venv/.ready  ## copy figures, captions and results into figures/ for committing
-	$(BIN)/dfrot-lab publish results/$(PROFILE)
+	$(BIN)/dfrot-lab publish $(HOME_OF)
 
 test: .venv/.ready  ## the tests, offline once the assets are there
 	$(BIN)/dfrot-lab assets

@@ -10,20 +10,24 @@ SETTINGS = profiles.load(PROFILE)
 COMMON = SETTINGS["common"]
 HOME = f"results/{Path(PROFILE).stem}"
 
+# the notebooks, with the studies they use and the memory they take with the demo model
 NOTEBOOKS = {
-    "01_rotation_invariance": "invariance",
-    "02_ro_vs_rh_error": "token_errors",
-    "03_massive_tokens_fp16": "massive_tokens_fp16",
-    "04_dfrot": "refined_rotation",
+    "01_rotation_invariance": (["invariance"], 5000),
+    "02_ro_vs_rh_error": (["token_errors"], 3000),
+    "03_massive_tokens_fp16": (["massive_tokens_fp16", "perplexities"], 3000),
+    "04_dfrot": (["refined_rotation", "perplexities"], 3000),
 }
 # what a rule's numbers depend on; plots and the command line are not among it
 KERNELS = ["hadamard", "reference"]
-CORE = ["activations", "assets", "corpora", "dfrot", "evaluation", "files", "lab", "massive", "models", "paper"]
+CORE = ["activations", "assets", "corpora", "dfrot", "evaluation", "files", "kv_cache", "lab"]
+CORE += ["massive", "models", "paper"]
 CORE += ["quantized_model", "quantizers", "results", "rotations", "wikipedia"]
 CODE = [f"kernels/dfrot_kernels/{m}.py" for m in KERNELS] + [f"dfrot_lab/{m}.py" for m in CORE]
-DRAWING = ["dfrot_lab/data/captions.yml", "dfrot_lab/data/style.mplstyle", "dfrot_lab/tables.py"]
-DRAWING += [str(p) for p in sorted(Path("dfrot_lab").glob("plots*")) if p.suffix == ".py"]
+DRAWING = ["dfrot_lab/data/paper.json", "dfrot_lab/data/captions.yml", "dfrot_lab/data/style.mplstyle", "dfrot_lab/tables.py"]
 DRAWING += [str(p) for p in sorted(Path("dfrot_lab/plots").glob("*.py"))]
+
+# a corpus or a model that is a local file
+SOURCES = [COMMON[name] for name in ("corpus", "model") if Path(str(COMMON[name])).is_file()]
 
 ROTATIONS = [
     f"{HOME}/artefacts/rotations/{rotation_stem(start, seed, COMMON['gamma'])}.safetensors"
@@ -44,7 +48,7 @@ rule assets:
     output:
         f"{HOME}/artefacts/assets.json",
     shell:
-        "dfrot-lab assets --profile {PROFILE} --out {output}"
+        "dfrot-lab assets --profile {PROFILE:q} --out {output:q}"
 
 
 rule activations:
@@ -52,13 +56,14 @@ rule activations:
         f"{HOME}/artefacts/assets.json",
         str(profiles.path(PROFILE)),
         CODE,
+        SOURCES,
     output:
         f"{HOME}/artefacts/activations.safetensors",
     threads: COMMON["threads"]
     resources:
         mem_mb=2500,
     shell:
-        "dfrot-lab collect --profile {PROFILE}"
+        "dfrot-lab collect --profile {PROFILE:q}"
 
 
 rule rotation:
@@ -73,7 +78,7 @@ rule rotation:
         mem_mb=1500,
     priority: 10
     shell:
-        "dfrot-lab optimize --profile {PROFILE} --start {wildcards.start} "
+        "dfrot-lab optimize --profile {PROFILE:q} --start {wildcards.start} "
         "--gamma {wildcards.gamma} --seed {wildcards.seed}"
 
 
@@ -81,19 +86,21 @@ rule notebook:
     input:
         f"{HOME}/artefacts/activations.safetensors",
         lambda w: ROTATIONS if w.notebook == "04_dfrot" else [],
-        lambda w: f"dfrot_lab/studies/{NOTEBOOKS[w.notebook]}.py",
+        lambda w: [f"dfrot_lab/studies/{m}.py" for m in NOTEBOOKS[w.notebook][0]],
+        SOURCES,
         str(profiles.path(PROFILE)),
         CODE,
         DRAWING,
         notebook="notebooks/{notebook}.ipynb",
     output:
         f"{HOME}/{{notebook}}/result.json",
+        directory(f"{HOME}/{{notebook}}/figures"),
     log:
         f"{HOME}/{{notebook}}/notebook.ipynb",  # a log: Snakemake keeps it when the notebook fails
     wildcard_constraints:
         notebook="|".join(NOTEBOOKS),
     threads: COMMON["threads"]
     resources:
-        mem_mb=3000,
+        mem_mb=lambda w: NOTEBOOKS[w.notebook][1],
     shell:
-        "dfrot-lab run {wildcards.notebook} --profile {PROFILE} --folder {HOME} --out {log}"
+        "dfrot-lab run {wildcards.notebook} --profile {PROFILE:q} --folder {HOME:q} --out {log:q}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from dfrot_lab import profiles
 
 __all__ = ["BatchError", "run"]
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class BatchError(RuntimeError):
@@ -22,9 +24,10 @@ class BatchError(RuntimeError):
 def run(profile: str, root: Path, cores: str, memory: int) -> int:
     """Run the Snakefile in `root` for `profile`; returns Snakemake's exit status.
 
-    The lock is the operating system's and goes with its holder, so Snakemake's own, which a killed
-    run leaves behind, is not used. An interrupt is passed to the whole process group: killing only
-    Snakemake would leave notebooks running. Raises BatchError if another batch holds the folder.
+    The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
+    killed run leaves behind, is not used; Snakemake inherits it, so that it holds while one killed
+    alone leaves the other running. An interrupt, a hang-up or a termination is passed to the whole
+    process group. Raises BatchError if another batch holds the folder.
     """
     profiles.load(profile)
     if not (root / "Snakefile").is_file():
@@ -40,17 +43,23 @@ def run(profile: str, root: Path, cores: str, memory: int) -> int:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     }
-    try:
-        with FileLock(folder / ".batch.lock", timeout=0):
-            child = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True)
-            previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-            try:
-                return child.wait()
-            except KeyboardInterrupt:
-                os.killpg(child.pid, signal.SIGTERM)
-                child.wait()
-                return 130
-            finally:
-                signal.signal(signal.SIGTERM, previous)
-    except Timeout:
-        raise BatchError(f"another batch is running in {folder}: wait for it, or stop it") from None
+    with (folder / ".batch.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BatchError(
+                f"another batch is running in {folder}: wait for it, or stop it"
+            ) from None
+        child = subprocess.Popen(
+            command, cwd=root, env=environment, start_new_session=True, pass_fds=[lock.fileno()]
+        )
+        previous = {s: signal.signal(s, signal.default_int_handler) for s in _STOPPING}
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait()
+            return 130
+        finally:
+            for s, handler in previous.items():
+                signal.signal(s, handler)

@@ -6,6 +6,7 @@ likewise).
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -114,12 +115,18 @@ def _results(profile: str) -> Path:
 
 
 def _lab(profile: str, folder: Path | None, **given):
-    """A Lab with the profile's parameters, overridden by those in `given` that are not None."""
+    """A Lab with the profile's parameters, overridden by those in `given` that are not None.
+
+    Another model or corpus gets a folder of its own, so that the profile's artefacts stay.
+    """
     from dfrot_lab.lab import Lab
 
     known = {f.name for f in fields(Lab)}
     values = {k: v for k, v in profiles.load(profile)["common"].items() if k in known}
     values |= {k: v for k, v in given.items() if v is not None}
+    own = [str(given[k]) for k in ("model", "corpus") if given.get(k)]
+    if own and folder is None:
+        folder = Path("results") / re.sub(r"[^\w.-]+", "-", "-".join(own)).strip("-.")
     return Lab(**values | {"folder": folder or _results(profile)})
 
 

@@ -53,20 +53,19 @@ def perplexity(model: nn.Module, tokens: Tensor) -> Perplexity:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, sample standard deviation (0 for one value) and n."""
-    return {
-        "mean": statistics.fmean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "n": len(values),
-    }
+    """Mean, sample standard deviation (0 for one value, NaN if one is not finite) and n."""
+    finite = all(map(math.isfinite, values))
+    sd = statistics.stdev(values) if finite and len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "sd": sd if finite else math.nan, "n": len(values)}
 
 
 def paired_difference(
     a: Sequence[float], b: Sequence[float], confidence: float = 0.95
 ) -> dict[str, float]:
-    """Mean of a_i − b_i with its Student-t confidence interval; pairs share a window and a seed.
+    """Mean of a_i − b_i with its Student-t confidence interval; a pair shares a window.
 
-    Raises ValueError for unequal lengths or fewer than two pairs.
+    Average over seeds first: seeds on the same windows are no independent pairs. Raises ValueError
+    for unequal lengths or fewer than two pairs.
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(
@@ -74,5 +73,6 @@ def paired_difference(
         )
     d = [x - y for x, y in zip(a, b, strict=True)]
     mean = statistics.fmean(d)
-    half = student.ppf((1 + confidence) / 2, len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d))
+    quantile = float(student.ppf((1 + confidence) / 2, len(d) - 1))
+    half = quantile * statistics.stdev(d) / math.sqrt(len(d))
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(d)}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic", "project_root", "read_json", "sha256", "write_json"]
+__all__ = ["atomic", "project_root", "read_json", "sha256", "sweep", "write_json"]
 
 
 @contextmanager
@@ -24,7 +24,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f".partial-{path.name}-", suffix=path.suffix, dir=path.parent
+        )
     except OSError as error:
         raise _while_writing(path, error) from error
     os.close(handle)
@@ -46,6 +48,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 def _while_writing(path: Path, error: OSError) -> OSError:
     return OSError(error.errno, f"{os.strerror(error.errno)} while writing", str(path))
+
+
+def sweep(path: str | Path) -> None:
+    """Remove what killed runs left of `path`; call it only while holding the lock of `path`."""
+    for left in Path(path).parent.glob(f".partial-{Path(path).name}-*"):
+        left.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -78,6 +86,6 @@ def sha256(path: str | Path) -> str:
 
 
 def project_root() -> Path:
-    """The folder that holds notebooks/, seen from here or from inside it; else the current one."""
+    """The checkout, which holds the Snakefile, seen from here or from inside it; else the current one."""
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "notebooks").is_dir()), here)
+    return next((p for p in (here, *here.parents) if (p / "Snakefile").is_file()), here)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,12 @@ from dfrot_lab.quantizers import QuantSpec
 
 __all__ = ["Lab", "LabError", "parse_rotation"]
 
-_MODEL_CODE = ("dfrot_lab.models", "dfrot_lab.activations", "dfrot_lab.corpora")
+_MODEL_CODE = (
+    "dfrot_lab.models",
+    "dfrot_lab.activations",
+    "dfrot_lab.corpora",
+    "dfrot_lab.wikipedia",
+)
 _ROTATION_CODE = (
     "dfrot_kernels.hadamard",
     "dfrot_kernels.reference",
@@ -79,8 +86,8 @@ class Lab:
 
     model: see `models.load`; corpus: see `corpora.load`; seqlen: tokens a window; calibration: windows
     for R1; iterations and rows: of `dfrot.optimize`; clip_steps: of the weight clip search (0: none);
-    folder: where everything goes, relative to the project; threads: of torch (one, so that results do
-    not depend on the number of cores and two notebooks can run side by side).
+    folder: where everything goes, relative to the project; threads: of torch (a fixed number, since
+    sums and so results depend on it).
     """
 
     model: str = "demo"
@@ -93,7 +100,7 @@ class Lab:
     clip_steps: int = 80
     dtype: str = "float32"
     device: str = "cpu"
-    threads: int = 1
+    threads: int = 2
     folder: str | Path = "results/demo"
 
     def __post_init__(self) -> None:
@@ -125,11 +132,26 @@ class Lab:
             windows=self.calibration, seqlen=self.seqlen, seed=self.calibration_seed,
         )  # fmt: skip
 
+    @cached_property
+    def _kept(self) -> dict[Any, Any]:
+        """Values of this process: tokens by number of windows, rotations, the last model built."""
+        return {}
+
     def evaluation_tokens(self, windows: int) -> Tensor:
         """The first `windows` windows [windows, seqlen] of the evaluation split."""
-        return corpora.load(
-            self.corpus, "evaluation", self.tokenizer, windows=windows, seqlen=self.seqlen
-        )
+        if ("tokens", windows) not in self._kept:
+            self._kept["tokens", windows] = corpora.load(
+                self.corpus, "evaluation", self.tokenizer, windows=windows, seqlen=self.seqlen
+            )
+        return self._kept["tokens", windows]
+
+    def held_out(self, site: str) -> Tensor:
+        """The rows [seqlen, d] of `site` on the first evaluation window, which no rotation has seen."""
+        if "held out" not in self._kept:
+            found = activations.capture(self.lm, self.evaluation_tokens(1))
+            self._kept["held out"] = {name: x[0].float().cpu() for _, name, x in found}
+        self.activations.site(site)  # an unknown site is named there
+        return self._kept["held out"][site].clone()
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -153,6 +175,7 @@ class Lab:
             "device": self.device,
             "threads": self.threads,
             "torch": torch.__version__,
+            "transformers": version("transformers"),
         }
 
     # --- artefacts --------------------------------------------------------------------------------
@@ -174,13 +197,25 @@ class Lab:
             return activations.collect(self.lm, self.calibration_tokens, path, about)
 
     def rotation(self, name: str, seed: int = 0, **options) -> Tensor | None:
-        """R1 [d, d] by name: NR (None), RO, RH, RH2, DFRot(RH), DFRot(RO); options: `rotation_file`."""
+        """R1 [d, d]: NR (None), RO, RH, RH2, DFRot(RH), DFRot(RO), or the path of a .safetensors file.
+
+        options: see `rotation_file`. Raises RotationError for a file that does not fit the model.
+        """
+        if name.endswith(".safetensors"):
+            return rotations.load(name, self.activations.d)[0]
         kind, start = parse_rotation(name)
         if kind == "NR":
             return None
         if start is None:
-            return rotations.START[kind](self.activations.d, seed)
+            if (name, seed) not in self._kept:
+                self._kept[name, seed] = rotations.START[kind](self.activations.d, seed)
+            return self._kept[name, seed]
         return rotations.load(self.rotation_file(name, seed, **options), self.activations.d)[0]
+
+    def rotated(self, x: Tensor, name: str, seed: int = 0, **options) -> Tensor:
+        """x·R1 [rows, d] in the dtype of x, by the rotation's name; NR gives `x` itself."""
+        r = self.rotation(name, seed, **options)
+        return x if r is None else x @ r.to(x.dtype)
 
     def losses(self, name: str, seed: int = 0, **options) -> dict[str, Any]:
         """The `dfrot.Log` of a refined rotation, as a dict."""
@@ -240,11 +275,12 @@ class Lab:
         kept: [window, position, token, sites] of each token that bypassed quantization somewhere.
         name "FP": the floating-point model. Kept in `folder`/measurements.
         """
-        if name != "FP":
+        file = name.endswith(".safetensors")
+        if name != "FP" and not file:
             parse_rotation(name)
         row = {"rotation": name, "seed": seed, "bits": bits, "keep": keep, "windows": windows}
         row |= {"gamma": str(float(gamma)) if name.startswith("DFRot") else None}
-        options = dict(row)
+        options = row | ({"file": files.sha256(name)} if file else {})
         if quantized_model.ModelSpec.of(bits, keep=keep).weights:
             options["clip_steps"] = self.clip_steps
         if row["gamma"]:
@@ -256,22 +292,28 @@ class Lab:
         with self._locked(path):
             if not path.exists():
                 files.write_json(path, row | self._measure(name, seed, bits, keep, windows, gamma))
-            return files.read_json(path)
+            found = files.read_json(path)
+        return found | {"ppl": float(found["ppl"]), "nll": [float(v) for v in found["nll"]]}
 
     def _measure(self, name, seed, bits, keep, windows, gamma) -> dict[str, Any]:
-        if name == "FP":
-            model = self.lm
-        else:
-            r1 = self.rotation(name, seed, gamma=gamma)
-            spec = quantized_model.ModelSpec.of(bits, keep=keep, clip_steps=self.clip_steps)
-            model = quantized_model.build(self.lm, rotations.Rotations.standard(self.lm, r1), spec)
+        model = self.lm if name == "FP" else self._built(name, seed, bits, keep, gamma)
         nll, kept = [], []
         for i, window in enumerate(self.evaluation_tokens(windows)):
             nll.append(evaluation.window_nll(model, window))
             for position, sites in quantized_model.drain_kept(model) if name != "FP" else ():
                 kept.append([i, position, self.tokenizer.decode([int(window[position])]), sites])
-        ppl = evaluation.Perplexity(nll).value
-        return {"nll": nll, "ppl": ppl if math.isfinite(ppl) else "inf", "kept": kept}
+        return {"nll": nll, "ppl": evaluation.Perplexity(nll).value, "kept": kept}
+
+    def _built(self, name, seed, bits, keep, gamma) -> nn.Module:
+        """The quantized model; rows that differ in what is kept share the last one built."""
+        spec = quantized_model.ModelSpec.of(bits, keep=keep, clip_steps=self.clip_steps)
+        rotation = rotations.Rotations.standard(self.lm, self.rotation(name, seed, gamma=gamma))
+        which = (name, seed, bits, gamma)
+        if self._kept.get("which") != which:
+            self._kept.pop("built", None)  # before the next one is made: two would not fit
+            self._kept["built"] = quantized_model.build(self.lm, rotation, spec)
+            self._kept["which"] = which
+        return quantized_model.keep_tokens(self._kept["built"], rotation, spec)
 
     # --- keys -------------------------------------------------------------------------------------
 
@@ -282,8 +324,11 @@ class Lab:
         )
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _locked(self, path: Path) -> FileLock:
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
         """Two notebooks that want the same value: one computes, the other waits and reads."""
         lock = Path(self.folder) / ".locks" / f"{path.name}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(lock)
+        with FileLock(lock):
+            files.sweep(path)
+            yield

@@ -2,7 +2,9 @@
 
 A random rotation spreads any row into Gaussian noise, so its relative 4-bit error has one value, the
 Gaussian floor ε(D). A row whose unrotated error is below that floor can only lose by being spread: that
-is our definition of a massive token. The published rule is an L2 threshold, 8.5 or 9.5, for D = 4096.
+is our definition of a massive token. Half of all rows that are Gaussian to begin with are below their
+own mean error, and a rotation does nothing to those: so a massive row must be spikier than a Gaussian one
+too, by its kurtosis. The published rule is an L2 threshold, 8.5 or 9.5, for D = 4096.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from torch import Tensor
 
 from dfrot_lab.quantizers import QuantSpec, squared_error
 
-__all__ = ["gaussian_floor", "is_massive", "max_moments", "published_rule", "relative_error"]
+__all__ = [
+    "gaussian_floor",
+    "is_massive",
+    "kurtosis",
+    "max_moments",
+    "published_rule",
+    "relative_error",
+]
 
 # DFRot's code, whatever the hidden size
 PUBLISHED_THRESHOLDS = {"symmetric": 8.5, "asymmetric": 9.5}
@@ -56,9 +65,21 @@ def relative_error(x: Tensor, spec: QuantSpec) -> Tensor:
     return squared_error(x, spec) / x.square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
 
 
+def kurtosis(x: Tensor) -> Tensor:
+    """D·Σx⁴/(Σx²)² of each row of `x` [..., D]: 3 for a Gaussian row, D for a single spike."""
+    square = x.square()
+    total = square.sum(-1).square().clamp_min(torch.finfo(x.dtype).tiny)
+    return x.shape[-1] * square.square().sum(-1) / total
+
+
 def is_massive(x: Tensor, spec: QuantSpec) -> Tensor:
-    """Mask [...] of the rows of `x` [..., d], UNROTATED, whose relative error is below ε(d)."""
-    return relative_error(x, spec) < gaussian_floor(x.shape[-1], spec)
+    """Mask [...] of the massive rows of `x` [..., d], UNROTATED.
+
+    Relative error below ε(d), and kurtosis above that of a Gaussian row by five of its standard
+    deviations, 3 + 5·√(24/d).
+    """
+    spiky = kurtosis(x) > 3 + 5 * sqrt(24 / x.shape[-1])
+    return spiky & (relative_error(x, spec) < gaussian_floor(x.shape[-1], spec))
 
 
 def published_rule(x: Tensor, spec: QuantSpec) -> Tensor:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,9 +238,19 @@ def identity(model_id: str) -> str:
     return str([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts if p.is_file()])
 
 
+def _transformers():
+    """transformers, without its own progress bars and their complaint that notebooks lack widgets."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tqdm.auto  # noqa: F401  (complains once, when first imported)
+        import transformers
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 def load_tokenizer(model_id: str, *, revision: str | None = None):
     """The tokenizer that belongs to `model_id` (bytes for 'tiny:…'); same errors as `load`."""
-    import transformers
+    transformers = _transformers()
 
     if model_id.startswith("tiny:"):
         return transformers.ByT5Tokenizer()
@@ -293,7 +304,7 @@ class _plain_errors:
 
 
 def _from_pretrained(model_id: str, revision: str | None) -> nn.Module:
-    import transformers
+    transformers = _transformers()
 
     with _plain_errors(model_id):
         source, kwargs = _source(model_id, revision)
@@ -316,7 +327,7 @@ def _dequantized_folder(gguf: Path) -> Path:
     Parsing GGUF takes half a minute each time, and transformers calls such a model "quantized" and
     will not save it: the weights are copied into a fresh model of the same configuration.
     """
-    import transformers
+    transformers = _transformers()
 
     stat = gguf.stat()
     folder = assets.cache_dir() / "dequantized" / f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
@@ -339,7 +350,9 @@ def _dequantized_folder(gguf: Path) -> Path:
         )
         fresh = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         fresh.load_state_dict(loaded.state_dict())
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        for left in folder.parent.glob(f".partial-{folder.name}-*"):  # of a killed run
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=folder.parent))
         try:
             fresh.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -369,7 +382,7 @@ def tiny(
     loud, as in real models, which keeps ordinary tokens above the Gaussian floor. planted: size, in
     units of the others, of one channel in the newline's embedding: a massive token to be found.
     """
-    import transformers
+    transformers = _transformers()
 
     if kind not in ARCHITECTURES:
         raise ModelError(f"tiny model {kind!r} is unknown: use one of {', '.join(ARCHITECTURES)}")

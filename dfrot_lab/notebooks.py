@@ -86,7 +86,13 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
             raise NotebookError(
                 f"{notebook.stem} has no parameter {name!r}: use one of {', '.join(sorted(known))}"
             )
+    if profile:
+        every = {p.stem: set(parameters(p)) for p in sorted(notebook.parent.glob("[0-9]*.ipynb"))}
+        profiles.check(profile, every | {notebook.stem: set(known)})
     values = profiles.notebook_parameters(profile, notebook.stem, set(known)) if profile else {}
+    for name in ("model", "corpus"):  # the kernel starts elsewhere
+        if isinstance(given.get(name), str) and Path(given[name]).exists():
+            given = given | {name: str(Path(given[name]).resolve())}
     return {name: typed(name, value, known[name][0]) for name, value in (values | given).items()}
 
 

@@ -15,7 +15,8 @@ from dfrot_kernels import hadamard
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfrot_lab import massive, models, rotations
+from dfrot_lab import kv_cache, massive, models, rotations
+from dfrot_lab.kv_cache import KVSpec
 from dfrot_lab.quantizers import QuantSpec, fake_quantize, round_to_nearest
 from dfrot_lab.rotations import Rotations
 
@@ -26,6 +27,7 @@ __all__ = [
     "QuantLinear",
     "build",
     "drain_kept",
+    "keep_tokens",
     "kept_tokens",
 ]
 
@@ -45,6 +47,7 @@ class ModelSpec:
     activations: QuantSpec | None = field(default_factory=QuantSpec)
     keep: str = "none"
     clip_steps: int = 80
+    kv: KVSpec | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
@@ -59,7 +62,8 @@ class ModelSpec:
         """From the field's W-A-KV notation: '4-4-16' is 4-bit weights and activations, KV as it is.
 
         16 leaves a part in floating point. Weights: symmetric per channel; activations: asymmetric per
-        token, as the paper evaluates. Raises ValueError for other forms, and for KV below 16.
+        token, keys and values in groups of head_dim with R3, as the paper evaluates. Raises ValueError
+        for other forms.
         """
         try:
             w, a, kv = (int(part) for part in bits.split("-"))
@@ -67,11 +71,10 @@ class ModelSpec:
             raise ValueError(
                 f"bits = {bits!r}: use W-A-KV, such as '4-4-16' or '16-4-16'"
             ) from None
-        if kv != 16:
-            raise ValueError(f"bits = {bits!r}: the KV cache is not quantized yet, use KV = 16")
         return cls(
             weights=QuantSpec(bits=w, symmetric=True, granularity="channel") if w < 16 else None,
             activations=QuantSpec(bits=a) if a < 16 else None,
+            kv=KVSpec(bits=kv) if kv < 16 else None,
             **options,
         )
 
@@ -140,16 +143,15 @@ def build(model: nn.Module, rotation: Rotations | None, spec: ModelSpec) -> nn.M
         raise ValueError("the model is quantized already: build from the one that was loaded")
     rotation = rotation or Rotations()
     q = rotations.merge(copy.deepcopy(model), rotation)
-    keep = _keeper(spec, rotation)
     for layer in models.layers(q):
         groups = [
-            (layer.attention_inputs, keep, False),
-            ({"self_attn.o_proj": layer.attention_output}, None, False),
-            (layer.mlp_inputs, keep, False),
-            ({"mlp.down_proj": layer.mlp_output}, None, rotation.R4),
+            (layer.attention_inputs, False),
+            ({"self_attn.o_proj": layer.attention_output}, False),
+            (layer.mlp_inputs, False),
+            ({"mlp.down_proj": layer.mlp_output}, rotation.R4),
         ]
-        for linears, keeper, online in groups:
-            quantizer = InputQuantizer(spec.activations, len(linears), keeper)
+        for linears, online in groups:
+            quantizer = InputQuantizer(spec.activations, len(linears))
             for name, linear in linears.items():
                 if spec.weights is not None:
                     w = round_to_nearest(linear.weight, spec.weights, steps=spec.clip_steps)
@@ -157,7 +159,17 @@ def build(model: nn.Module, rotation: Rotations | None, spec: ModelSpec) -> nn.M
                 parent, _, child = name.rpartition(".")
                 swapped = QuantLinear(linear, quantizer, online_hadamard=online)
                 setattr(layer.module.get_submodule(parent), child, swapped)
-    return q
+    if spec.kv is not None:
+        kv_cache.quantize_cache(q, spec.kv)
+    return keep_tokens(q, rotation, spec)
+
+
+def keep_tokens(model: nn.Module, rotation: Rotations, spec: ModelSpec) -> nn.Module:
+    """Set which tokens bypass quantization in a built `model`, in place, as `spec.keep` says."""
+    keep = _keeper(spec, rotation)
+    for quantizer in _site_quantizers(model).values():
+        quantizer.keep, quantizer.kept = keep, None
+    return model
 
 
 def _keeper(spec: ModelSpec, rotation: Rotations) -> Callable | None:
@@ -168,8 +180,14 @@ def _keeper(spec: ModelSpec, rotation: Rotations) -> Callable | None:
         return lambda x: (torch.arange(x.shape[1], device=x.device) == 0).expand(x.shape[:2])
     if rotation.R1 is None:
         return lambda x: massive.is_massive(x.float(), spec.activations)
-    inverse = rotation.R1.mT.float()
-    return lambda x: massive.is_massive(x.float() @ inverse.to(x.device), spec.activations)
+    inverse: dict[torch.device, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.device not in inverse:  # moved once, not for every site of every window
+            inverse[x.device] = rotation.R1.mT.float().to(x.device)
+        return massive.is_massive(x.float() @ inverse[x.device], spec.activations)
+
+    return keep
 
 
 def kept_tokens(model: nn.Module) -> dict[str, Tensor]:

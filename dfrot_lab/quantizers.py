@@ -62,7 +62,10 @@ def round_to_nearest(
     if spec.granularity == "group":  # each group is then a row, with a clip of its own
         rows = replace(spec, granularity="channel", group_size=None)
         return round_to_nearest(cut(w, spec), rows, steps=steps, norm=norm, low=low).flatten(-2)
-    return torch.cat([_searched(rows, spec, steps, norm, low) for rows in w.split(64)])
+    # in fp16 |err|^2.4 underflows: search in fp32 at least
+    high = w if w.dtype == torch.float64 else w.float()
+    found = [_searched(rows, spec, steps, norm, low) for rows in high.split(64)]
+    return torch.cat(found).to(w.dtype)
 
 
 def _searched(w: Tensor, spec: QuantSpec, steps: int, norm: float, low: float) -> Tensor:

@@ -126,7 +126,7 @@ def load(path: str | Path, d: int | None = None) -> tuple[Tensor, dict]:
             r, metadata = f.get_tensor("R"), json.loads((f.metadata() or {}).get("dfrot", "{}"))
     except Exception as error:  # safetensors raises its own type, and bad files take many forms
         raise RotationError(
-            f"rotation file {path} cannot be read: {error}; make it again"
+            f"rotation file {path} cannot be read: {error}; delete it and make it again"
         ) from error
     return check(r, d or r.shape[-1], f"R in {path}"), metadata
 

@@ -71,8 +71,13 @@ def claims_table(result: dict[str, Any]) -> Table:
         (c["claim"], c["paper"], c["ours"], c["rule"], "yes" if c["agrees"] else "no")
         for c in _part(result, "claims")
     )  # fmt: skip
-    agreed = sum(row[-1] == "yes" for row in rows)
-    title = f"Against the paper: {agreed} of {len(rows)} claims agree"
+    # what the paper does not say can hold or not, but cannot agree with it
+    said = [row for row in rows if not row[1].startswith("not ")]
+    agreed = sum(row[-1] == "yes" for row in said)
+    title = f"Against the paper: {agreed} of {len(said)} claims agree"
+    if len(said) < len(rows):
+        held = sum(row[-1] == "yes" for row in rows) - agreed
+        title += f"; {held} of {len(rows) - len(said)} that it does not make hold"
     return Table(title, ("claim", "paper says", "we see", "rule", "agrees"), rows)
 
 

@@ -330,9 +330,9 @@ def test_no_massive_row_for_an_infinite_gamma():
 
 
 def test_nothing_to_weigh():
-    x = Activations.of(torch.eye(4).repeat(5, 1))
+    x = Activations.of(torch.eye(64).repeat(5, 1))  # every row massive
     with pytest.raises(ActivationsError, match=r"no calibration row counts: .* \(gamma = 0\.0\)"):
-        optimize(x, haar(4), QuantSpec(), Weighting(gamma=0.0))
+        optimize(x, haar(64), QuantSpec(), Weighting(gamma=0.0))
 
 
 def test_a_wrong_start_is_refused():

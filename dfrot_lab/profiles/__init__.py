@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-__all__ = ["ProfileError", "load", "names", "notebook_parameters"]
+__all__ = ["ProfileError", "check", "load", "names", "notebook_parameters"]
 
 _HERE = Path(__file__).parent
-_SECTIONS = {"common", "notebooks", "rotations"}
+_SECTIONS = ("base", "common", "notebooks", "rotations")
 
 
 class ProfileError(ValueError):
@@ -33,14 +33,19 @@ def path(profile: str) -> Path:
 
 
 def load(profile: str) -> dict[str, Any]:
-    """The profile as a dict with 'common', 'notebooks' and 'rotations'."""
+    """The profile as a dict with 'common', 'notebooks' and 'rotations'; a `base` profile fills gaps."""
     content = yaml.safe_load(path(profile).read_text()) or {}
-    unknown = set(content) - _SECTIONS
+    unknown = set(content) - set(_SECTIONS)
     if unknown:
         raise ProfileError(
             f"profile {profile!r} has unknown sections {sorted(unknown)}: use {sorted(_SECTIONS)}"
         )
-    return {section: content.get(section) or {} for section in _SECTIONS}
+    found = {section: content.get(section) or {} for section in _SECTIONS}
+    if base := found["base"]:
+        below = load(base)
+        for section in ("common", "notebooks", "rotations"):
+            found[section] = below[section] | found[section]
+    return found
 
 
 def notebook_parameters(profile: str, notebook: str, known: set[str]) -> dict[str, Any]:
@@ -53,3 +58,22 @@ def notebook_parameters(profile: str, notebook: str, known: set[str]) -> dict[st
             f"parameter: use {sorted(known)}"
         )
     return {k: v for k, v in content["common"].items() if k in known} | own
+
+
+def check(profile: str, known: dict[str, set[str]]) -> None:
+    """ProfileError unless every name in `profile` is a notebook's or a parameter of some notebook.
+
+    known: notebook → its parameters.
+    """
+    content = load(profile)
+    stray = set(content["notebooks"]) - set(known)
+    if stray:
+        raise ProfileError(
+            f"profile {profile!r} names notebooks {sorted(stray)}: use {sorted(known)}"
+        )
+    every = set().union(*known.values())
+    stray = set(content["common"]) - every
+    if stray:
+        raise ProfileError(
+            f"profile {profile!r} sets {sorted(stray)}, a parameter of no notebook: use {sorted(every)}"
+        )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfrot_lab import activations, models, quantized_model, rotations
+from dfrot_lab import activations, massive, models, quantized_model, rotations
 from dfrot_lab.lab import Lab
 from dfrot_lab.results import Claim, rounded
 from dfrot_lab.rotations import Rotations
@@ -23,11 +22,15 @@ def logit_errors(lab: Lab, dtype: str, seed: int = 0, tokens: int = 256) -> list
 
     In float64 every RMSNorm is swapped, on both sides, for one that keeps the dtype.
     """
-    raw = models.load(lab.model, fold=False).to(getattr(torch, dtype))
+    model = models.load(lab.model, dtype=dtype, device=lab.device, fold=False)
     if dtype == "float64":
-        models.preserve_norm_dtype(raw)
-    window = lab.evaluation_tokens(1)[:, :tokens]
-    folded = models.fold_gains(copy.deepcopy(raw))
+        models.preserve_norm_dtype(model)
+    window = lab.evaluation_tokens(1)[:, :tokens].to(lab.device)
+    with torch.inference_mode():
+        reference = model(window).logits
+    folded = models.fold_gains(
+        model
+    )  # in place: with the rotated copy that makes two models, not three
     head_dim = models.layers(folded)[0].module.self_attn.head_dim
     stages = {"gains folded": Rotations()}
     for name in ("RO", "RH"):
@@ -36,13 +39,12 @@ def logit_errors(lab: Lab, dtype: str, seed: int = 0, tokens: int = 256) -> list
     r2 = rotations.random_hadamard(head_dim, seed)
     stages["R1 = RH, R2"] = Rotations(R1=r1, R2=r2)
     stages["R1 = RH, R2, R4"] = Rotations(R1=r1, R2=r2, R4=True)
-    with torch.inference_mode():
-        reference = raw(window).logits
-        rows = []
-        for stage, rotation in stages.items():
+    rows = []
+    for stage, rotation in stages.items():
+        with torch.inference_mode():
             logits = quantized_model.build(folded, rotation, _FP)(window).logits
-            error = ((logits - reference).abs().max() / reference.abs().max()).item()
-            rows.append({"stage": stage, "dtype": dtype, "relative_error": float(f"{error:.6e}")})
+        error = ((logits - reference).abs().max() / reference.abs().max()).item()
+        rows.append({"stage": stage, "dtype": dtype, "relative_error": float(f"{error:.6e}")})
     return rows
 
 
@@ -51,11 +53,11 @@ def surfaces(
 ) -> dict[str, Any]:
     """|x| by token × channel at `site`, the largest of each bin of channels: NR, RO, RH.
 
-    The first `tokens` rows of the calibration window; with them which ones are massive.
+    The first `tokens` rows of the calibration window.
     """
     x = lab.activations.site(site)[:tokens]
     return {
-        name: rounded(_binned(_rotated(x, name, seed).abs(), bins), 4)
+        name: rounded(_binned(lab.rotated(x, name, seed).abs(), bins), 4)
         for name in ("NR", "RO", "RH")
     } | {"site": site, "channels": x.shape[-1]}
 
@@ -66,20 +68,14 @@ def _binned(x: Tensor, bins: int) -> Tensor:
     )
 
 
-def _rotated(x: Tensor, name: str, seed: int) -> Tensor:
-    return x @ rotations.START[name](x.shape[-1], seed).to(x.dtype)
-
-
 def outliers(lab: Lab, seed: int = 0) -> list[dict[str, Any]]:
     """By site and rotation: mean over tokens of max|x|/rms(x), its largest value, mean kurtosis."""
     rows = []
-    matrices = {n: rotations.START[n](lab.activations.d, seed).float() for n in ("NR", "RO", "RH")}
     for i, site in enumerate(lab.activations.sites):
-        for name, r in matrices.items():
-            x = lab.activations.X[i] @ r
-            rms = x.square().mean(-1).sqrt().clamp_min(1e-30)
-            peak = x.abs().amax(-1) / rms
-            kurtosis = (x / rms[:, None]).pow(4).mean(-1)
+        for name in ("NR", "RO", "RH"):
+            x = lab.rotated(lab.activations.X[i], name, seed)
+            peak = x.abs().amax(-1) / x.square().mean(-1).sqrt().clamp_min(1e-30)
+            kurtosis = massive.kurtosis(x)
             values = {
                 "peak_mean": peak.mean(),
                 "peak_max": peak.max(),
@@ -99,7 +95,9 @@ def top_activations(lab: Lab) -> list[dict[str, Any]]:
     """
     found: list[Tensor] = []
     hooks = [
-        layer.module.register_forward_hook(lambda m, i, out: found.append(_hidden(out)))
+        layer.module.register_forward_hook(
+            lambda m, i, out: found.append(_hidden(out)[0].float().abs().cpu())
+        )
         for layer in models.layers(lab.lm)
     ]
     try:
@@ -109,18 +107,15 @@ def top_activations(lab: Lab) -> list[dict[str, Any]]:
             hook.remove()
     rows = []
     for i, h in enumerate(found):
-        magnitude = h[0].float().abs()
-        top, where = magnitude.flatten().topk(3)
+        top, where = h.flatten().topk(3)
         rows.append(
             {
                 "layer": i,
                 "top": rounded(top, 5),
                 "token": int(where[0] // h.shape[-1]),
                 "channel": int(where[0] % h.shape[-1]),
-                "q999": float(
-                    f"{magnitude.flatten().kthvalue(int(0.999 * magnitude.numel()))[0]:.5g}"
-                ),
-                "median": float(f"{magnitude.median().item():.5g}"),
+                "q999": float(f"{h.flatten().kthvalue(int(0.999 * h.numel()))[0]:.5g}"),
+                "median": float(f"{h.median().item():.5g}"),
             }
         )
     return rows

@@ -5,27 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from tqdm import tqdm
-
-from dfrot_lab.evaluation import paired_difference, spread
+from dfrot_lab.evaluation import spread
 from dfrot_lab.lab import Lab
 from dfrot_lab.paper import table1
 from dfrot_lab.results import Claim
+from dfrot_lab.studies.perplexities import paired, perplexities, table
 
 __all__ = ["claims", "closed_share", "exempted", "paired", "perplexities", "summary", "table"]
-
-
-def perplexities(
-    lab: Lab, rows: list[list[str]], seeds: list[int], windows: int, bits: str
-) -> list[dict[str, Any]]:
-    """`Lab.perplexity` for every [rotation, keep] of `rows` and every seed (FP and NR have none)."""
-    grid = [(n, k, s) for n, k in rows for s in (seeds if n not in ("FP", "NR") else seeds[:1])]
-    bar = tqdm(grid, desc="perplexity", unit="row")
-    out = []
-    for name, keep, seed in bar:
-        bar.set_postfix_str(f"{name} keep={keep} seed={seed}", refresh=False)
-        out.append(lab.perplexity(name, seed, bits=bits, keep=keep, windows=windows))
-    return out
 
 
 def summary(lab: Lab, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -36,6 +22,11 @@ def summary(lab: Lab, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "closed": closed_share(rows),
         "exempted": exempted(rows, lab.activations.sites, lab.seqlen),
         "first_token": first_token(rows),
+        "paired": [
+            paired(rows, ("RO", "none"), ("RH", "none")),
+            paired(rows, ("RO", "none"), ("RO", "massive")),
+            paired(rows, ("RO", "massive"), ("RH", "massive")),
+        ],
     }
 
 
@@ -49,16 +40,6 @@ def first_token(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for (name, keep, seed), value in ppl.items()
         if keep == "first"
     ]
-
-
-def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean ± sd over seeds of the perplexity of each (rotation, keep, bits, gamma)."""
-    groups: dict[tuple, list[float]] = {}
-    for r in rows:
-        key = (r["rotation"], r["keep"], r["bits"], r["gamma"])
-        groups.setdefault(key, []).append(float(r["ppl"]))
-    names = ("rotation", "keep", "bits", "gamma")
-    return [dict(zip(names, key, strict=True)) | spread(v) for key, v in groups.items()]
 
 
 def closed_share(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,6 +94,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     mean = {(r["rotation"], r["keep"]): r["mean"] for r in result["table"]}
     sd = {(r["rotation"], r["keep"]): r["sd"] for r in result["table"]}
     closed, gap = result["closed"], mean["RO", "none"] - mean["RH", "none"]
+    pair = next(p for p in result["paired"] if (p["a"], p["b"]) == ("RO none", "RH none"))
     two, three = "LLaMA2-7B", "LLaMA3-8B"
     paper_gap = "; ".join(f"{m} {table1(m, 'RO')} → {table1(m, 'RH')}" for m in (two, three))
     paper_kept = "; ".join(
@@ -129,23 +111,24 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         Claim(
             "RO is clearly worse than RH",
             f"{paper_gap} (Table 1, 4-4-16)",
-            ", ".join(f"{n} {mean[n, 'none']:.2f} ± {sd[n, 'none']:.2f}" for n in ("RO", "RH")),
-            "RO − RH above twice the larger sd",
-            gap > 2 * max(sd["RO", "none"], sd["RH", "none"]),
+            ", ".join(f"{n} {mean[n, 'none']:.2f} ± {sd[n, 'none']:.2f}" for n in ("RO", "RH"))
+            + f"; Δnll {pair['mean']:.3f} [{pair['low']:.3f}, {pair['high']:.3f}]",
+            "RO − RH above twice the larger sd, 95 % interval of Δnll over windows above 0",
+            gap > 2 * max(sd["RO", "none"], sd["RH", "none"]) and pair["low"] > 0,
         ),
         Claim(
             "Keeping massive tokens closes the gap",
             f"kept: {paper_kept} (Table 1, 4-4-16)",
             f"{mean['RO', 'massive']:.2f}/{mean['RH', 'massive']:.2f}: {closed['of_means']:.0%} closed",
             "at least half of RO − RH closed (the paper: all of it)",
-            closed["of_means"] >= 0.5,
+            gap > 0 and closed["of_means"] >= 0.5,
         ),
         Claim(
             "It closes all of the gap",
             "RO.FP16 = RH.FP16 within 0.02 (Table 1)",
             f"left: {mean['RO', 'massive'] - mean['RH', 'massive']:.2f}",
             "RO.kept − RH.kept at most 10 % of RO − RH",
-            mean["RO", "massive"] - mean["RH", "massive"] <= 0.1 * gap,
+            gap > 0 and mean["RO", "massive"] - mean["RH", "massive"] <= 0.1 * gap,
         ),
         Claim(
             "Structure, not orthogonality, is the cause",
@@ -163,9 +146,9 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         Claim(
             "Massive tokens are about one in a thousand",
             "about 0.1 % of tokens",
-            f"{share:.2%} of (token, site) pairs, {exempt['RO']['token_share']:.1%} of tokens at some site",
-            "0.01 % to 1 % of the pairs",
-            1e-4 <= share <= 1e-2,
+            f"{exempt['RO']['token_share']:.2%} of tokens at some site, {share:.3%} of (token, site) pairs",
+            "0.03 % to 0.3 % of tokens are massive at some site",
+            3e-4 <= exempt["RO"]["token_share"] <= 3e-3,
         )
     )
     return out
@@ -186,16 +169,6 @@ def _first_token(rows: list[dict[str, Any]]) -> list[Claim]:
             f"RO, seed {', '.join(str(r['seed']) for r in found)}: {none:.2f}; "
             f"first token kept {first:.2f}, massive tokens kept {kept:.2f}",
             "at least half of what keeping massive tokens gains",
-            none - first >= 0.5 * (none - kept),
+            none > kept and none - first >= 0.5 * (none - kept),
         )
     ]
-
-
-def paired(rows: list[dict[str, Any]], a: tuple[str, str], b: tuple[str, str]) -> dict[str, Any]:
-    """Interval of nll(a) − nll(b) over (seed, window) pairs; a, b = (rotation, keep)."""
-    nll = {
-        (r["rotation"], r["keep"], r["seed"], i): v for r in rows for i, v in enumerate(r["nll"])
-    }
-    keys = sorted((s, i) for n, k, s, i in nll if (n, k) == a and (*b, s, i) in nll)
-    left, right = ([nll[(*c, *key)] for key in keys] for c in (a, b))
-    return {"a": " ".join(a), "b": " ".join(b)} | paired_difference(left, right)

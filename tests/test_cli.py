@@ -1,0 +1,110 @@
+"""The commands beside `run`: optimize, collect, redraw, publish; errors are one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dfrot_lab import rotations
+from dfrot_lab.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def smoke(tmp_path):
+    return ("--profile", "smoke", "--folder", tmp_path)
+
+
+def test_help_lists_every_command():
+    done = invoke("--help")
+    assert done.exit_code == 0
+    for command in ("assets", "batch", "collect", "optimize", "publish", "redraw", "run"):
+        assert command in done.output
+
+
+def test_completion_script():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("dfrot-lab")],
+        env={"_DFROT_LAB_COMPLETE": "zsh_source", "PATH": "/usr/bin:/bin"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "#compdef dfrot-lab" in done.stdout
+
+
+def test_collect_says_what_it_collected(smoke):
+    done = invoke("collect", *smoke)
+    assert done.exit_code == 0, done.output
+    assert "4 sites × 96 tokens × 64 channels" in done.output
+
+
+def test_optimize_writes_a_rotation_with_its_story(smoke, tmp_path):
+    out = tmp_path / "R1.safetensors"
+    done = invoke("optimize", *smoke, "--start", "RO", "--gamma", "10", "--seed", 3, "--out", out)
+    assert done.exit_code == 0, done.output
+    r, about = rotations.load(out, 64)
+    assert rotations.orthogonality_error(r) < 1e-12
+    assert about["model"] == "tiny:llama"
+    assert (about["start"], about["gamma"], about["seed"]) == ("RO", "10.0", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("optimize", "--model", "no such model"), "model 'no such model'"),
+        (("optimize", "--gamma", "-1"), "gamma = -1"),
+        (("optimize", "--iterations", "0"), "iterations = 0"),
+        (("collect", "--corpus", "nowhere.txt"), "nowhere.txt"),
+        (("collect", "--model", "tiny:gemma"), "'gemma'"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, smoke, tmp_path):
+    done = invoke(arguments[0], *smoke, *arguments[1:])
+    assert done.exit_code == 1
+    error = [line for line in done.output.splitlines() if line.startswith("Error: ")]
+    assert len(error) == 1 and message in error[0]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_missing_asset_names_the_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("DFROT_CACHE", str(tmp_path / "empty"))
+    done = invoke("collect", "--profile", "demo", "--folder", tmp_path)
+    assert done.exit_code == 1
+    assert "dfrot-lab assets" in done.output
+
+
+def test_redraw_and_publish(tmp_path):
+    results = tmp_path / "results"
+    done = invoke("run", "02", "--profile", "smoke", "--folder", results)
+    assert done.exit_code == 0, done.output
+    figures = results / "02_ro_vs_rh_error" / "figures"
+    before = {p.name: p.read_bytes() for p in figures.iterdir()}
+    for p in figures.iterdir():
+        p.unlink()
+    code = (
+        "import sys\nfrom dfrot_lab.cli import app\n"
+        f"app(['redraw', {str(results)!r}], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert {p.name: p.read_bytes() for p in figures.iterdir()} == before
+
+    done = invoke("publish", results, "--to", tmp_path / "figures")
+    assert done.exit_code == 0, done.output
+    published = tmp_path / "figures" / "02_ro_vs_rh_error"
+    assert {p.name for p in published.iterdir()} == {*before, "result.json", "provenance.json"}
+    json.loads((published / "result.json").read_text())
+
+
+def test_redraw_of_nothing_says_what_to_run(tmp_path):
+    done = invoke("redraw", tmp_path)
+    assert done.exit_code == 1
+    assert "make figures" in done.output
