@@ -19,8 +19,8 @@ NOTEBOOKS = {
 }
 # what a rule's numbers depend on; plots and the command line are not among it
 KERNELS = ["hadamard", "reference"]
-CORE = ["activations", "assets", "corpora", "dfrot", "evaluation", "files", "kv_cache", "lab"]
-CORE += ["massive", "models", "paper"]
+CORE = ["activations", "assets", "corpora", "dfrot", "evaluation", "files", "gptq", "kv_cache"]
+CORE += ["lab", "massive", "models", "paper"]
 CORE += ["quantized_model", "quantizers", "results", "rotations", "wikipedia"]
 CODE = [f"kernels/dfrot_kernels/{m}.py" for m in KERNELS] + [f"dfrot_lab/{m}.py" for m in CORE]
 DRAWING = ["dfrot_lab/data/paper.json", "dfrot_lab/data/captions.yml", "dfrot_lab/data/style.mplstyle", "dfrot_lab/tables.py"]

@@ -52,6 +52,8 @@ _ROTATION_CODE = (
 )
 _PERPLEXITY_CODE = (
     *_ROTATION_CODE,
+    "dfrot_lab.gptq",
+    "dfrot_lab.kv_cache",
     "dfrot_lab.lab",
     "dfrot_lab.quantizers",
     "dfrot_lab.quantized_model",

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from dfrot_kernels import hadamard
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfrot_lab import kv_cache, massive, models, rotations
+from dfrot_lab import gptq, kv_cache, massive, models, rotations
+from dfrot_lab.gptq import GPTQ, GPTQError
 from dfrot_lab.kv_cache import KVSpec
 from dfrot_lab.quantizers import QuantSpec, fake_quantize, round_to_nearest
 from dfrot_lab.rotations import Rotations
@@ -41,6 +42,8 @@ class ModelSpec:
     keep: tokens whose activations bypass quantization at q/k/v and gate/up (not at o and down, as in
     the paper's QuaRot.FP16()): "none", "massive" (per token and site, by `massive.is_massive` on the
     un-rotated token), or "first" (position 0 of what one forward pass is given, so no KV cache).
+    clip_steps: see `search_step`. kv: the KV cache, see `kv_cache`. method: of the weights, "rtn" or
+    "gptq", the latter as `gptq` says.
     """
 
     weights: QuantSpec | None = None
@@ -48,10 +51,14 @@ class ModelSpec:
     keep: str = "none"
     clip_steps: int = 80
     kv: KVSpec | None = None
+    method: str = "rtn"
+    gptq: GPTQ = field(default_factory=GPTQ)
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
             raise ValueError(f"keep = {self.keep!r}: use one of {', '.join(KEEP)}")
+        if self.method not in ("rtn", "gptq"):
+            raise ValueError(f"method = {self.method!r}: weights are quantized by 'rtn' or 'gptq'")
         if self.weights is not None and self.weights.granularity not in ("channel", "group"):
             raise ValueError(
                 f"weights are per 'channel' or 'group', not {self.weights.granularity!r}"
@@ -134,15 +141,27 @@ class QuantLinear(nn.Module):
 
 
 @torch.no_grad()
-def build(model: nn.Module, rotation: Rotations | None, spec: ModelSpec) -> nn.Module:
+def build(
+    model: nn.Module,
+    rotation: Rotations | None,
+    spec: ModelSpec,
+    *,
+    calibration: Tensor | None = None,
+) -> nn.Module:
     """A quantized copy of the gain-folded `model` with `rotation` merged; `model` is left as it is.
 
-    Raises RotationError (see `rotations.merge`) and ValueError for a spec that does not fit.
+    calibration: tokens [windows, seqlen] for GPTQ; GPTQError without them or with too few. Raises
+    RotationError (see `rotations.merge`) and ValueError for a spec that does not fit.
     """
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError("the model is quantized already: build from the one that was loaded")
     rotation = rotation or Rotations()
+    if spec.weights is not None and spec.method == "gptq" and calibration is None:
+        raise GPTQError("GPTQ needs calibration tokens: give build(…, calibration=tokens)")
     q = rotations.merge(copy.deepcopy(model), rotation)
+    if spec.weights is not None and spec.method == "gptq":
+        how = replace(spec.gptq, clip_steps=spec.clip_steps)
+        gptq.quantize_layers(q, calibration, spec.weights, how, online_hadamard=rotation.R4)
     for layer in models.layers(q):
         groups = [
             (layer.attention_inputs, False),
@@ -153,7 +172,7 @@ def build(model: nn.Module, rotation: Rotations | None, spec: ModelSpec) -> nn.M
         for linears, online in groups:
             quantizer = InputQuantizer(spec.activations, len(linears))
             for name, linear in linears.items():
-                if spec.weights is not None:
+                if spec.weights is not None and spec.method == "rtn":
                     w = round_to_nearest(linear.weight, spec.weights, steps=spec.clip_steps)
                     linear.weight.copy_(w)
                 parent, _, child = name.rpartition(".")

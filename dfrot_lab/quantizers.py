@@ -25,6 +25,7 @@ __all__ = [
     "fake_quantize",
     "quantize",
     "round_to_nearest",
+    "search_step",
     "squared_error",
     "step",
 ]
@@ -51,34 +52,43 @@ def calibrate(rows: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor]:
 def round_to_nearest(
     w: Tensor, spec: QuantSpec, *, steps: int = 80, norm: float = 2.4, low: float = 0.2
 ) -> Tensor:
-    """RTN: Q(W) of a weight W [out, in], per channel or group, in W's dtype.
+    """RTN: Q(W) of a weight W [out, in], per channel or group, in W's dtype, clipped by `search_step`."""
+    rows = w if w.dtype == torch.float64 else w.float()
+    scale, zero = search_step(cut(rows, spec), spec, steps=steps, norm=norm, low=low)
+    return fake_quantize(rows, spec, scale=scale, zero=zero).to(w.dtype)
 
-    The clip c of each channel or group minimizes Σ|w − Q(w; c)|^norm over `steps` values from 1
-    down to `low`, that one left out; 80 steps of 0.01 are GPTQ's and QuaRot's grid, `steps=0` takes
-    c = 1 without a search.
+
+def search_step(
+    rows: Tensor, spec: QuantSpec, *, steps: int = 80, norm: float = 2.4, low: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each of `rows` [..., D] (groups already cut): two tensors [..., 1].
+
+    The clip c of a row minimizes Σ|w − Q(w; c)|^norm over `steps` values from 1 down to `low`, that one
+    left out; 80 steps of 0.01 are GPTQ's and QuaRot's grid, `steps=0` takes c = 1 without a search.
+    In fp16 the powers underflow: give fp32 or fp64.
     """
+    alone = replace(spec, granularity="channel", group_size=None)
     if steps == 0:
-        return fake_quantize(w, spec)
-    if spec.granularity == "group":  # each group is then a row, with a clip of its own
-        rows = replace(spec, granularity="channel", group_size=None)
-        return round_to_nearest(cut(w, spec), rows, steps=steps, norm=norm, low=low).flatten(-2)
-    # in fp16 |err|^2.4 underflows: search in fp32 at least
-    high = w if w.dtype == torch.float64 else w.float()
-    found = [_searched(rows, spec, steps, norm, low) for rows in high.split(64)]
-    return torch.cat(found).to(w.dtype)
+        return step(rows, alone)
+    flat = rows.reshape(-1, rows.shape[-1])
+    found = [_searched(part, alone, steps, norm, low) for part in flat.split(64)]
+    scale, zero = (
+        torch.cat(parts).reshape(*rows.shape[:-1], 1) for parts in zip(*found, strict=True)
+    )
+    return scale, zero
 
 
-def _searched(w: Tensor, spec: QuantSpec, steps: int, norm: float, low: float) -> Tensor:
-    """`round_to_nearest` for a few rows: so many that all candidates pass through the cache."""
-    scale, zero = step(w, spec)
-    best, error = None, None
+def _searched(
+    w: Tensor, spec: QuantSpec, steps: int, norm: float, low: float
+) -> tuple[Tensor, Tensor]:
+    """`search_step` for a few rows: so many that all candidates pass through the cache."""
+    full, zero = step(w, spec)
+    best, error = full, torch.full_like(full, torch.inf)
     for i in range(steps):
-        q = fake_quantize(w, spec, scale=scale * (1 - i * (1 - low) / steps), zero=zero)
+        scale = full * (1 - i * (1 - low) / steps)
+        q = fake_quantize(w, spec, scale=scale, zero=zero)
         # |·|^norm as exp(norm·log|·|), which is twice as fast as torch's pow; log 0 = −∞ gives 0
-        e = (q - w).abs_().log_().mul_(norm).exp_().sum(-1, keepdim=True)
-        if best is None:
-            best, error = q, e
-        else:
-            best = torch.where(e < error, q, best)
-            error = torch.minimum(e, error)
-    return best
+        e = q.sub_(w).abs_().log_().mul_(norm).exp_().sum(-1, keepdim=True)
+        best = torch.where(e < error, scale, best)
+        error = torch.minimum(e, error)
+    return best, zero
