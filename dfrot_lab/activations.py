@@ -76,7 +76,7 @@ def collect(
         for i, window in enumerate(tqdm(tokens, desc="activations", unit="window")):
             rows = slice(i * tokens.shape[1], (i + 1) * tokens.shape[1])
 
-            def write(site: int, _: str, x: Tensor, rows: slice = rows) -> None:
+            def write(site: int, _: str, x: Tensor, rows: slice = rows, out=out) -> None:
                 out[site, rows] = x[0].float().cpu().numpy()
 
             _watch(model, window[None], write)

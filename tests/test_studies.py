@@ -39,10 +39,7 @@ def test_table_is_mean_and_sd_over_seeds():
 
 
 def test_table_takes_an_infinite_perplexity():
-    rows = [
-        row("NR", "none", s, 3.0) | {"ppl": 1e300 if s else math.inf}
-        for s in (0, 1)
-    ]
+    rows = [row("NR", "none", s, 3.0) | {"ppl": 1e300 if s else math.inf} for s in (0, 1)]
     assert math.isnan(perplexities.table(rows)[0]["sd"])
 
 
