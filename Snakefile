@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from dfrot_lab import profiles
-from dfrot_lab.lab import rotation_stem
 
 PROFILE = config.get("profile", "demo")
 SETTINGS = profiles.load(PROFILE)
@@ -28,12 +27,6 @@ DRAWING += [str(p) for p in sorted(Path("dfrot_lab/plots").glob("*.py"))]
 
 # a corpus or a model that is a local file
 SOURCES = [COMMON[name] for name in ("corpus", "model") if Path(str(COMMON[name])).is_file()]
-
-ROTATIONS = [
-    f"{HOME}/artefacts/rotations/{rotation_stem(start, seed, COMMON['gamma'])}.safetensors"
-    for start in SETTINGS["rotations"]["starts"]
-    for seed in COMMON["seeds"]
-]
 
 
 rule all:
@@ -66,26 +59,23 @@ rule activations:
         "dfrot-lab collect --profile {PROFILE:q}"
 
 
-rule rotation:
+rule rotations:  # one job: each takes seconds here, and on a GPU less than starting Python
     input:
         f"{HOME}/artefacts/activations.safetensors",
     output:
-        f"{HOME}/artefacts/rotations/DFRot-{{start}}-gamma{{gamma}}-sum-asym-seed{{seed}}.safetensors",
-    wildcard_constraints:
-        start="RH|RO",
+        f"{HOME}/artefacts/rotations.json",  # the list; the files stay when the job is cut short
     threads: COMMON["threads"]
     resources:
         mem_mb=1500,
     priority: 10
     shell:
-        "dfrot-lab optimize --profile {PROFILE:q} --start {wildcards.start} "
-        "--gamma {wildcards.gamma} --seed {wildcards.seed}"
+        "dfrot-lab optimize --profile {PROFILE:q} --all --out {output:q}"
 
 
 rule notebook:
     input:
         f"{HOME}/artefacts/activations.safetensors",
-        lambda w: ROTATIONS if w.notebook == "04_dfrot" else [],
+        lambda w: rules.rotations.output if w.notebook == "04_dfrot" else [],
         lambda w: [f"dfrot_lab/studies/{m}.py" for m in NOTEBOOKS[w.notebook][0]],
         SOURCES,
         str(profiles.path(PROFILE)),

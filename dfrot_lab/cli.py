@@ -143,6 +143,7 @@ def collect(profile: str, model: str | None, corpus: str | None, folder: Path | 
 @app.command()
 @_profile
 @_model_and_corpus
+@click.option("--all", "every", is_flag=True, help="Every rotation the profile's notebooks share.")
 @click.option("--start", type=click.Choice(["RH", "RO"]), default="RH")
 @click.option(
     "--gamma", type=float, default=100.0, help="Weight of massive rows; inf for them alone."
@@ -154,14 +155,28 @@ def collect(profile: str, model: str | None, corpus: str | None, folder: Path | 
 @click.option("--symmetric", is_flag=True, help="The symmetric quantizer in the loop, as released.")
 @click.option("--iterations", type=int, help="Override the profile's number.")
 @_folder
-@click.option("--out", type=click.Path(path_type=Path), help="Also write R1 there (.safetensors).")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Also write R1 there (.safetensors); with --all, their names and hashes (.json).",
+)
 def optimize(
-    profile, model, corpus, start, gamma, seed, form, symmetric, iterations, folder, out
+    profile, model, corpus, every, start, gamma, seed, form, symmetric, iterations, folder, out
 ) -> None:
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
-    from dfrot_lab import rotations
+    from dfrot_lab import files, rotations
 
     lab = _lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
+    if every:
+        settings, made = profiles.load(profile), {}
+        for kind in settings["rotations"]["starts"]:
+            for n in settings["common"]["seeds"]:
+                path = lab.rotation_file(f"DFRot({kind})", n, gamma=settings["common"]["gamma"])
+                made[path.name] = files.sha256(path)
+                click.echo(path)
+        if out:
+            files.write_json(out, made)
+        return
     path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma, form=form, symmetric=symmetric)
     if out:
         rotations.save(out, *rotations.load(path))

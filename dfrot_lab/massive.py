@@ -62,14 +62,15 @@ def gaussian_floor(d: int, spec: QuantSpec) -> float:
 
 def relative_error(x: Tensor, spec: QuantSpec) -> Tensor:
     """‖x − Q(x)‖²/‖x‖² of each row of `x` [..., d]; 0 for a row of zeros."""
-    return squared_error(x, spec) / x.square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
+    energy = torch.linalg.vector_norm(x, dim=-1).square()
+    return squared_error(x, spec) / energy.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def kurtosis(x: Tensor) -> Tensor:
     """D·Σx⁴/(Σx²)² of each row of `x` [..., D]: 3 for a Gaussian row, D for a single spike."""
-    square = x.square()
-    total = square.sum(-1).square().clamp_min(torch.finfo(x.dtype).tiny)
-    return x.shape[-1] * square.square().sum(-1) / total
+    fourth = torch.linalg.vector_norm(x.square(), dim=-1).square()
+    total = torch.linalg.vector_norm(x, dim=-1).square().square()
+    return x.shape[-1] * fourth / total.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def is_massive(x: Tensor, spec: QuantSpec) -> Tensor:

@@ -33,7 +33,7 @@ __all__ = [
 
 def squared_error(x: Tensor, spec: QuantSpec) -> Tensor:
     """‖x − Q(x)‖² of each row of `x` [..., D]: a tensor [...]."""
-    return (fake_quantize(x, spec) - x).square().sum(-1)
+    return torch.linalg.vector_norm(fake_quantize(x, spec).sub_(x), dim=-1).square()
 
 
 def calibrate(rows: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor]:

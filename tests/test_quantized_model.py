@@ -304,7 +304,7 @@ def test_a_built_model_is_not_built_again(llama, rotation):
     with pytest.raises(ValueError, match="quantized already: build from the one that was loaded"):
         build(built, ROTATIONS["R1"], ModelSpec())
     merged = rotations.merge(copy.deepcopy(llama), ROTATIONS["all"])
-    with pytest.raises(RotationError, match=r"\['R1', 'R2', 'R4'\] already merged"):
+    with pytest.raises(RotationError, match=r"\['R1'\] already merged"):
         build(merged, ROTATIONS["R1"], ModelSpec())
 
 

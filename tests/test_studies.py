@@ -86,13 +86,14 @@ def study3(ro=40.0, rh=30.0, ro_kept=31.0, rh_kept=29.0, rh2=39.0, nr=9e3, first
     rows = rows_of("FP", "none", 18.0, (0,)) + rows_of("NR", "none", nr, (0,))
     rows += rows_of("RO", "none", ro) + rows_of("RO", "massive", ro_kept, kept=kept)
     rows += rows_of("RH", "none", rh) + rows_of("RH", "massive", rh_kept, kept=kept)
-    rows += rows_of("RH2", "none", rh2) + rows_of("RO", "first", first, (0,))
+    rows += rows_of("RH2", "none", rh2)
+    side = rows_of("RO", "first", first, (0,))
 
     class Fake:
         seqlen = 1000
         activations = type("A", (), {"sites": ("layers.0.attention", "layers.0.mlp")})()
 
-    return massive_tokens_fp16.summary(Fake(), rows)
+    return massive_tokens_fp16.summary(Fake(), rows, side)
 
 
 def test_closed_share_by_hand():

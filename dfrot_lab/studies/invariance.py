@@ -32,19 +32,21 @@ def logit_errors(lab: Lab, dtype: str, seed: int = 0, tokens: int = 256) -> list
         model
     )  # in place: with the rotated copy that makes two models, not three
     head_dim = models.layers(folded)[0].module.self_attn.head_dim
-    stages = {"gains folded": Rotations()}
-    for name in ("RO", "RH"):
-        r1 = rotations.START[name](folded.config.hidden_size, seed)
-        stages[f"R1 = {name}"] = Rotations(R1=r1)
-    r2 = rotations.random_hadamard(head_dim, seed)
-    stages["R1 = RH, R2"] = Rotations(R1=r1, R2=r2)
-    stages["R1 = RH, R2, R4"] = Rotations(R1=r1, R2=r2, R4=True)
-    rows = []
-    for stage, rotation in stages.items():
+    ro, rh = (rotations.START[name](folded.config.hidden_size, seed) for name in ("RO", "RH"))
+    r2, rows = rotations.random_hadamard(head_dim, seed), []
+
+    def compare(stage: str, rotation: Rotations) -> None:
         with torch.inference_mode():
             logits = quantized_model.build(folded, rotation, _FP)(window).logits
         error = ((logits - reference).abs().max() / reference.abs().max()).item()
         rows.append({"stage": stage, "dtype": dtype, "relative_error": float(f"{error:.6e}")})
+
+    compare("gains folded", Rotations())
+    compare("R1 = RO", Rotations(R1=ro))
+    rotations.merge(folded, Rotations(R1=rh))  # once, for the three stages that have it
+    compare("R1 = RH", Rotations())
+    compare("R1 = RH, R2", Rotations(R2=r2))
+    compare("R1 = RH, R2, R4", Rotations(R2=r2, R4=True))
     return rows
 
 

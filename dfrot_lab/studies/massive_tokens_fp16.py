@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from dfrot_lab.evaluation import spread
+from dfrot_lab.evaluation import Perplexity, spread
 from dfrot_lab.lab import Lab
 from dfrot_lab.paper import table1
 from dfrot_lab.results import Claim
@@ -14,14 +14,19 @@ from dfrot_lab.studies.perplexities import paired, perplexities, table
 __all__ = ["claims", "closed_share", "exempted", "paired", "perplexities", "summary", "table"]
 
 
-def summary(lab: Lab, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The notebook's result, without its claims: rows, table, share closed, what was kept."""
+def summary(
+    lab: Lab, rows: list[dict[str, Any]], side: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The notebook's result, without its claims: rows, table, share closed, what was kept.
+
+    side: rows with the first token alone kept, which may be on fewer windows.
+    """
     return {
         "rows": rows,
         "table": table(rows),
         "closed": closed_share(rows),
         "exempted": exempted(rows, lab.activations.sites, lab.seqlen),
-        "first_token": first_token(rows),
+        "first_token": first_token(rows, side or []),
         "paired": [
             paired(rows, ("RO", "none"), ("RH", "none")),
             paired(rows, ("RO", "none"), ("RO", "massive")),
@@ -30,15 +35,20 @@ def summary(lab: Lab, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def first_token(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Perplexity with the first token alone kept, beside none and all massive ones, same seed."""
-    ppl = {(r["rotation"], r["keep"], r["seed"]): float(r["ppl"]) for r in rows}
-    windows = max(r["windows"] for r in rows)
+def first_token(rows: list[dict[str, Any]], side: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Perplexity of `side`, the first token alone kept, beside none and all massive ones of `rows`.
+
+    All on the windows of `side`, which are the first of those of `rows`, and with the same seed.
+    """
+    nll = {(r["rotation"], r["keep"], r["seed"]): r["nll"] for r in rows}
     return [
-        {"rotation": name, "seed": seed, "windows": windows, "first": value}
-        | {keep: ppl[name, keep, seed] for keep in ("none", "massive")}
-        for (name, keep, seed), value in ppl.items()
-        if keep == "first"
+        {"rotation": r["rotation"], "seed": r["seed"], "windows": r["windows"]}
+        | {"first": Perplexity(r["nll"]).value}
+        | {
+            keep: Perplexity(nll[r["rotation"], keep, r["seed"]][: r["windows"]]).value
+            for keep in ("none", "massive")
+        }
+        for r in side
     ]
 
 
@@ -139,7 +149,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             < abs(mean["RH2", "none"] - mean["RH", "none"]),
         ),
     ]
-    out += _first_token(result["rows"])
+    out += _first_token(result["first_token"])
     exempt = {r["rotation"]: r for r in result["exempted"]}
     share = exempt["RO"]["share"]
     out.append(
@@ -155,8 +165,8 @@ def claims(result: dict[str, Any]) -> list[Claim]:
 
 
 def _first_token(rows: list[dict[str, Any]]) -> list[Claim]:
-    """Whether the first token alone does it, on the seeds for which it was measured."""
-    found = [r for r in first_token(rows) if r["rotation"] == "RO"]
+    """Whether the first token alone does it, on the seeds and windows where it was measured."""
+    found = [r for r in rows if r["rotation"] == "RO"]
     if not found:
         return []
     none, first, kept = (
@@ -166,7 +176,8 @@ def _first_token(rows: list[dict[str, Any]]) -> list[Claim]:
         Claim(
             "The first token alone does most of it",
             "not tested",
-            f"RO, seed {', '.join(str(r['seed']) for r in found)}: {none:.2f}; "
+            f"RO, seed {', '.join(str(r['seed']) for r in found)}, "
+            f"{found[0]['windows']} windows: {none:.2f}; "
             f"first token kept {first:.2f}, massive tokens kept {kept:.2f}",
             "at least half of what keeping massive tokens gains",
             none > kept and none - first >= 0.5 * (none - kept),
