@@ -5,11 +5,14 @@ CORES ?= all
 HOME_OF = results/$(basename $(notdir $(PROFILE)))
 BIN := .venv/bin
 
-.PHONY: figures redraw publish test test-slow lint setup clean
+.PHONY: figures tables redraw publish test test-slow lint setup clean
 .DELETE_ON_ERROR:
 
 figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
 	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES)
+
+tables: .venv/.ready  ## the paper's tables with quantized weights and KV cache (notebook 05), an hour
+	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES) --only 05
 
 redraw: .venv/.ready  ## draw every figure again from its result, in seconds
 	$(BIN)/dfrot-lab redraw $(HOME_OF)

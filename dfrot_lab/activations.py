@@ -46,6 +46,13 @@ class Activations:
             raise ActivationsError(f"site {name!r} is unknown: use one of {', '.join(self.sites)}")
         return self.X[self.sites.index(name)]
 
+    def spaced(self, count: int) -> Activations:
+        """`count` of the sites, evenly spaced in order; ValueError if there are not so many."""
+        if not 1 <= count <= len(self.sites):
+            raise ValueError(f"sites = {count}: the model has 1 to {len(self.sites)} norm sites")
+        which = [i * len(self.sites) // count for i in range(count)]
+        return Activations(self.X[which], tuple(self.sites[i] for i in which), self.metadata)
+
     def chunks(self, rows: int = 2048) -> Iterator[Tensor]:
         """All rows, [≤ rows, d] at a time in a fixed order; may be iterated again and again."""
         for x in self.X:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dfrot_lab import profiles
@@ -21,8 +22,10 @@ class BatchError(RuntimeError):
     """A batch that cannot start; one line: what, where, what to do."""
 
 
-def run(profile: str, root: Path, cores: str, memory: int) -> int:
+def run(profile: str, root: Path, cores: str, memory: int, notebooks: Sequence[str] = ()) -> int:
     """Run the Snakefile in `root` for `profile`; returns Snakemake's exit status.
+
+    notebooks: by their full names; none for the first four.
 
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
     killed run leaves behind, is not used; Snakemake inherits it, so that it holds while one killed
@@ -36,7 +39,8 @@ def run(profile: str, root: Path, cores: str, memory: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--cores", cores,
-        "--resources", f"mem_mb={memory}", "--config", f"profile={profile}",
+        "--resources", f"mem_mb={memory}",
+        "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
         "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "rules", "host",
     ]  # fmt: skip
     # jobs call `dfrot-lab`: the one beside this interpreter, whatever is first on the PATH

@@ -187,11 +187,16 @@ def optimize(
 @_profile
 @click.option("--cores", default="all", help="Number of cores, or 'all'.")
 @click.option("--memory", type=int, default=8000, help="MiB that all jobs together may use.")
-def batch(profile: str, cores: str, memory: int) -> None:
+@click.option(
+    "--only", multiple=True, help="A notebook, such as 05; repeatable. Default: 01 to 04."
+)
+def batch(profile: str, cores: str, memory: int, only: tuple[str, ...]) -> None:
     """Regenerate every result and figure of a profile with Snakemake; redoes only what changed."""
-    from dfrot_lab import batches
+    from dfrot_lab import batches, notebooks
 
-    raise SystemExit(batches.run(profile, project_root(), cores, memory))
+    root = project_root()
+    names = [notebooks.find(name, root).stem for name in only]
+    raise SystemExit(batches.run(profile, root, cores, memory, names))
 
 
 @app.command()

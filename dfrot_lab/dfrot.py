@@ -141,6 +141,7 @@ def optimize(
     device: str = "cpu",
     checkpoint: str | Path | None = None,
     every: int = 10,
+    qr: bool = False,
     progress: str = "DFRot",
 ) -> tuple[Tensor, Log]:
     """Refine `start` [d, d] on `x`; returns (R [d, d] fp64 with max|RᵀR − I| ≤ 1e-12, Log).
@@ -149,7 +150,8 @@ def optimize(
     uses the symmetric one). rows: share of the normal rows used (see `subsample`). dtype: of XR and of
     XᵀE; sums over rows are fp64. device: where to compute; R comes back to the CPU. checkpoint: state
     saved there every `every` iterations and taken up again, to the same bytes, after an interruption; the
-    file goes when the run is through. Raises RotationError for a `start` of another size or not
+    file goes when the run is through. qr: a QR after each SVD, as released; it flips signs of columns.
+    Raises RotationError for a `start` of another size or not
     orthogonal and ActivationsError for NaN or Inf rows.
     """
     r = rotations.check(start.double(), x.d, "start").clone()
@@ -165,7 +167,7 @@ def optimize(
         )
     log = Log([], [], sum(len(w) for w in weights), count)
     checkpoint = Path(checkpoint) if checkpoint else None
-    settings = f"{spec} {weighting} {dtype} {iterations} {rows}"
+    settings = f"{spec} {weighting} {dtype} {iterations} {rows} {qr}"
     key = hashlib.sha256(settings.encode() + r.numpy().tobytes() + gram.cpu().numpy().tobytes())
     if checkpoint and checkpoint.exists():
         r = _resume(checkpoint, key.hexdigest(), log, r)
@@ -181,7 +183,7 @@ def optimize(
         new = polar(m)
         # ‖W(XR⁺ − B)‖² = tr G + ‖WB‖² − 2⟨R⁺, M⟩ with ‖WB‖² = tr G − 2⟨R, XᵀW²E⟩ + ‖WE‖²
         log.rotated.append((2 * total - 2 * inner + error - 2 * (new * m).sum().item()) / total)
-        r = new
+        r = torch.linalg.qr(new).Q if qr else new
         bar.set_postfix(loss=f"{log.rotated[-1]:.5f}", refresh=False)
         if checkpoint and (t + 1) % every == 0 and t + 1 < iterations:
             _save_state(checkpoint, key.hexdigest(), log, r)

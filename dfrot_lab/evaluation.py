@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dfrot_lab import models
 
-__all__ = ["Perplexity", "paired_difference", "perplexity", "spread", "window_nll"]
+__all__ = ["Perplexity", "paired_difference", "perplexity", "spread", "window_kl", "window_nll"]
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,51 @@ class Perplexity:
 
 
 @torch.inference_mode()
-def window_nll(model: nn.Module, window: Tensor, rows: int = 512) -> float:
+def window_nll(model: nn.Module, window: Tensor, rows: int = 1024, block: int = 4096) -> float:
     """Mean −log p(token_i | tokens_<i) in nats over i = 1…n−1 of one window [n].
 
-    The head is applied to `rows` positions at a time: logits of a window would take 0.4 GB here, and
-    gigabytes for larger vocabularies.
+    The head is applied to `rows` positions and `block` words of the vocabulary at a time: the logits of
+    a window would take 0.4 GB here, gigabytes with larger vocabularies, and more time than their product.
     """
     device = next(model.parameters()).device
     tokens = window[None].to(device)
     base = model.get_submodule(models.architecture(model).layers.split(".")[0])
     hidden = base(tokens, use_cache=False).last_hidden_state[0, :-1]
-    targets, lm_head, total = tokens[0, 1:], models.head(model), 0.0
+    targets, total = tokens[0, 1:], 0.0
     for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total += F.cross_entropy(lm_head(h).float(), y, reduction="sum").double().item()
+        total += _nll(h, y, models.head(model), block).double().sum().item()
     return total / len(targets)
+
+
+def _nll(h: Tensor, y: Tensor, lm_head: nn.Linear, block: int) -> Tensor:
+    """log Σ_v exp(z_v) − z_y [n] for hidden states h [n, d] and targets y [n], in fp32."""
+    most = torch.full((len(h),), -torch.inf, device=h.device)
+    mass, picked = torch.zeros_like(most), torch.zeros_like(most)
+    for first in range(0, lm_head.out_features, block):
+        words = slice(first, first + block)
+        bias = None if lm_head.bias is None else lm_head.bias[words]
+        z = F.linear(h, lm_head.weight[words], bias).float()
+        here = ((y >= first) & (y < first + z.shape[1])).nonzero()[:, 0]
+        picked[here] = z[here, y[here] - first]
+        new = torch.maximum(most, z.amax(-1))
+        mass = mass * (most - new).exp() + z.sub_(new[:, None]).exp_().sum(-1)
+        most = new
+    return most + mass.log() - picked
+
+
+@torch.inference_mode()
+def window_kl(model: nn.Module, reference: nn.Module, window: Tensor, rows: int = 512) -> float:
+    """Mean KL(p ‖ q) in nats a token, p of the `reference`, q of the `model`, over one window [n]."""
+    device = next(model.parameters()).device
+    tokens, hidden = window[None].to(device), []
+    for m in (reference, model):
+        base = m.get_submodule(models.architecture(m).layers.split(".")[0])
+        hidden.append(base(tokens, use_cache=False).last_hidden_state[0])
+    heads, total = [models.head(m) for m in (reference, model)], 0.0
+    for pair in zip(*(h.split(rows) for h in hidden), strict=True):
+        p, q = (head(x).float().log_softmax(-1) for head, x in zip(heads, pair, strict=True))
+        total += F.kl_div(q, p, reduction="sum", log_target=True).double().item()
+    return total / tokens.shape[1]
 
 
 def perplexity(model: nn.Module, tokens: Tensor) -> Perplexity:

@@ -13,18 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from dfrot_kernels import hadamard
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dfrot_lab import models
 from dfrot_lab.quantizers import QuantSpec, fake_quantize, search_step
 
-__all__ = ["GPTQ", "GPTQError", "quantize_layers", "quantize_weight"]
+__all__ = [
+    "GPTQ",
+    "GPTQError",
+    "hessian_of",
+    "quantize_layers",
+    "quantize_weight",
+    "quantize_with",
+    "walk",
+]
 
 
 class GPTQError(ValueError):
@@ -134,65 +141,119 @@ def _inverse_factor(h: Tensor, damp: float) -> Tensor:
     )
 
 
-@torch.no_grad()
 def quantize_layers(
     model: nn.Module,
     tokens: Tensor,
     spec: QuantSpec,
     how: GPTQ = GPTQ(),
     *,
-    online_hadamard: bool = False,
+    online: tuple[Callable | None, Callable | None] = (None, None),
 ) -> dict[str, float]:
     """GPTQ every in-layer linear of a rotated `model` in place, on `tokens` [windows, seqlen].
 
-    online_hadamard: down_proj reads its input through R4. Memory: the hidden states of all windows,
-    twice, and one layer's. Returns the relative output error ‖X(W − Ŵ)ᵀ‖²/‖XWᵀ‖² of each linear.
-    Raises GPTQError with fewer tokens than the largest input has channels.
+    online: what turns the inputs of o_proj and of down_proj first, see `rotations.online`. Memory: the
+    hidden states of all windows, twice, and one layer's. Returns the relative output error
+    ‖X(W − Ŵ)ᵀ‖²/‖XWᵀ‖² of each linear. Raises GPTQError with fewer tokens than the largest input has
+    channels.
     """
+    errors: dict[str, float] = {}
+
+    def fit(layer: models.Layer, linears: dict[str, nn.Linear], inputs: Iterator[Tensor]) -> None:
+        errors.update(_fit(layer, linears, hessian_of(inputs), spec, how))
+
+    walk(model, tokens, fit, online=online)
+    return errors
+
+
+@torch.no_grad()
+def quantize_with(
+    model: nn.Module,
+    hessians: Callable[[int, str], Tensor],
+    spec: QuantSpec,
+    how: GPTQ = GPTQ(),
+) -> dict[str, float]:
+    """GPTQ every in-layer linear of a rotated `model` in place, from Hessians that are known.
+
+    hessians: (layer index, name of the linear) → H of its rotated inputs, from the floating-point
+    model, so that the error of earlier layers is not seen, and one pass serves every rotation
+    (`hessians.Hessians`). Returns as `quantize_layers`.
+    """
+    errors: dict[str, float] = {}
+    for layer in tqdm(models.layers(model), desc="GPTQ", unit="layer", mininterval=2):
+        for linears in layer.groups:
+            hessian = hessians(layer.index, next(iter(linears)))
+            errors |= _fit(layer, linears, hessian, spec, how)
+    return errors
+
+
+def hessian_of(inputs: Iterator[Tensor]) -> Tensor:
+    """H = Σ XᵀX [in, in] in fp64 over `inputs` [..., in]; the products of one tensor are in fp32."""
+    hessian = torch.zeros(0)
+    for x in inputs:
+        rows = x.flatten(0, -2).float()
+        product = (rows.mT @ rows).double()
+        hessian = hessian + product if len(hessian) else product
+    return hessian
+
+
+def _fit(layer: models.Layer, linears: dict[str, nn.Linear], hessian: Tensor, spec, how) -> dict:
+    # rows of W do not see each other: linears that share their input are quantized as one
+    w = torch.cat([linear.weight for linear in linears.values()])
+    sizes = [linear.out_features for linear in linears.values()]
+    parts, errors = quantize_weight(w, hessian, spec, how).split(sizes), {}
+    for (name, linear), q in zip(linears.items(), parts, strict=True):
+        old, lost = linear.weight.double(), (linear.weight - q).double()
+        lost, whole = (((m @ hessian) * m).sum().item() for m in (lost, old))
+        errors[f"layers.{layer.index}.{name}"] = lost / whole if whole else 0.0
+        linear.weight.copy_(q)
+    return errors
+
+
+@torch.no_grad()
+def walk(
+    model: nn.Module,
+    tokens: Tensor,
+    visit: Callable[[models.Layer, dict[str, nn.Linear], Iterator[Tensor]], None],
+    *,
+    online: tuple[Callable | None, Callable | None] = (None, None),
+) -> None:
+    """Run `model` on `tokens` [windows, seqlen] layer by layer, with a call before each group of linears.
+
+    visit(layer, linears, inputs) may change the weights of `linears`, whose inputs [1, seqlen, in] come
+    window by window; what follows runs on the changed ones. Raises GPTQError for too few tokens.
+    """
+    before_o, before_down = (turn or (lambda x: x) for turn in online)
     widest = max(layer.mlp_output.in_features for layer in models.layers(model))
     if tokens.numel() < widest:
         raise GPTQError(
             f"{tokens.numel()} calibration tokens for inputs of {widest} channels: use at least {widest}"
         )
     hidden, call = _layer_inputs(model, tokens)
-    errors: dict[str, float] = {}
-
-    def fit(layer: models.Layer, linears: dict[str, nn.Linear], inputs: Iterator[Tensor]) -> None:
-        hessian = torch.zeros(0)
-        for x in inputs:
-            rows = x.flatten(0, -2).float()
-            product = (rows.mT @ rows).double()
-            hessian = hessian + product if len(hessian) else product
-        # rows of W do not see each other: linears that share their input are quantized as one
-        w = torch.cat([linear.weight for linear in linears.values()])
-        sizes = [linear.out_features for linear in linears.values()]
-        parts = quantize_weight(w, hessian, spec, how).split(sizes)
-        for (name, linear), q in zip(linears.items(), parts, strict=True):
-            old, lost = linear.weight.double(), (linear.weight - q).double()
-            lost, whole = (((m @ hessian) * m).sum().item() for m in (lost, old))
-            errors[f"layers.{layer.index}.{name}"] = lost / whole if whole else 0.0
-            linear.weight.copy_(q)
-
-    for layer in tqdm(models.layers(model), desc="GPTQ", unit="layer", mininterval=2):
+    for layer in tqdm(models.layers(model), desc="layers", unit="layer", mininterval=2):
         normed = [layer.attention_norm(h) for h in hidden]
-        fit(layer, layer.attention_inputs, iter(normed))
-        mixed = [_input_of(layer.attention_output, layer.module.self_attn, n, call) for n in normed]
+        visit(layer, layer.attention_inputs, iter(normed))
+        mixed = [
+            before_o(_input_of(layer.attention_output, layer.module.self_attn, n, call))
+            for n in normed
+        ]
         del normed
-        fit(layer, {"self_attn.o_proj": layer.attention_output}, iter(mixed))
+        visit(layer, {"self_attn.o_proj": layer.attention_output}, iter(mixed))
         for i, x in enumerate(mixed):
             hidden[i] = hidden[i] + layer.attention_output(x)
         del mixed
-        fit(layer, layer.mlp_inputs, (layer.mlp_norm(h) for h in hidden))
-        turn = hadamard.transform if online_hadamard else (lambda x: x)
-        gated = (
-            turn(_input_of(layer.mlp_output, layer.module.mlp, layer.mlp_norm(h), {}))
-            for h in hidden
+        visit(layer, layer.mlp_inputs, (layer.mlp_norm(h) for h in hidden))
+        visit(
+            layer,
+            {"mlp.down_proj": layer.mlp_output},
+            (before_down(_gated(layer, h)) for h in hidden),
         )
-        fit(layer, {"mlp.down_proj": layer.mlp_output}, gated)
         for i, h in enumerate(hidden):
-            x = _input_of(layer.mlp_output, layer.module.mlp, layer.mlp_norm(h), {})
-            hidden[i] = h + layer.mlp_output(turn(x))
-    return errors
+            hidden[i] = h + layer.mlp_output(before_down(_gated(layer, h)))
+
+
+def _gated(layer: models.Layer, h: Tensor) -> Tensor:
+    """What down_proj is given for the stream `h` after attention."""
+    return _input_of(layer.mlp_output, layer.module.mlp, layer.mlp_norm(h), {})
 
 
 class _Reached(Exception):

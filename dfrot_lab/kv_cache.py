@@ -46,14 +46,18 @@ class KVSpec:
         return QuantSpec(bits=self.bits, clip=self.clip)
 
 
-def quantize_cache(model: nn.Module, spec: KVSpec) -> nn.Module:
+def quantize_cache(model: nn.Module, spec: KVSpec | None) -> nn.Module:
     """Let every attention layer of `model` see quantized keys and values, in place; returns it.
 
-    Raises KVError for a group size other than head_dim.
+    None: as they are, after an earlier call. Raises KVError for a group size other than head_dim.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    if spec is None:
+        if model.config._attn_implementation == NAME:
+            model.set_attn_implementation("sdpa")
+        return model
     for layer in models.layers(model):
         size = layer.module.self_attn.head_dim
         if spec.group_size not in (None, size):

@@ -12,7 +12,10 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -94,6 +97,16 @@ class Layer:
     attention_output: nn.Linear
     mlp_inputs: dict[str, nn.Linear]
     mlp_output: nn.Linear
+
+    @property
+    def groups(self) -> list[dict[str, nn.Linear]]:
+        """The linears by name, those that share an input together, in order of execution."""
+        return [
+            self.attention_inputs,
+            {"self_attn.o_proj": self.attention_output},
+            self.mlp_inputs,
+            {"mlp.down_proj": self.mlp_output},
+        ]
 
 
 def architecture(model: nn.Module) -> Architecture:
@@ -311,11 +324,13 @@ def _from_pretrained(model_id: str, revision: str | None) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(source, **kwargs)
         if config.model_type not in ARCHITECTURES:  # refuse before gigabytes are read
             architecture(type("Unloaded", (), {"config": config}))
-        if "R4" in (getattr(config, "dfrot_merged", None) or []):
-            raise ModelError(
-                f"model {model_id!r} was saved with R4 merged, and no file holds the Hadamard that "
-                "must stand before its down_proj: load the original and build it again"
-            )
+        merged = getattr(config, "dfrot_merged", None) or []
+        for name, where in (("R4", "down_proj"), ("heads", "o_proj")):
+            if name in merged:
+                raise ModelError(
+                    f"model {model_id!r} was saved with {name} merged, and no file holds the Hadamard "
+                    f"that must stand before its {where}: load the original and build it again"
+                )
         return transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32 if model_id == "demo" else "auto", **kwargs
         )
@@ -341,8 +356,11 @@ def _dequantized_folder(gguf: Path) -> Path:
         transformers.utils.logging.set_verbosity_error()
         logging.getLogger("gguf").setLevel(logging.ERROR)
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+            with _parsed_once():
+                loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                    **where, dtype=torch.float32
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         finally:
             transformers.utils.logging.set_verbosity(level)
         config = transformers.AutoConfig.for_model(
@@ -360,6 +378,19 @@ def _dequantized_folder(gguf: Path) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """One reader for one GGUF: transformers parses it anew for configuration, weights and tokenizer."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = lru_cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def tiny(

@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from dfrot_kernels import hadamard
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfrot_lab import gptq, kv_cache, massive, models, rotations
 from dfrot_lab.gptq import GPTQ, GPTQError
+from dfrot_lab.hessians import Hessians
 from dfrot_lab.kv_cache import KVSpec
-from dfrot_lab.quantizers import QuantSpec, fake_quantize, round_to_nearest
+from dfrot_lab.quantizers import QuantSpec, calibrate, fake_quantize, round_to_nearest
 from dfrot_lab.rotations import Rotations
 
 __all__ = [
@@ -28,8 +29,8 @@ __all__ = [
     "QuantLinear",
     "build",
     "drain_kept",
-    "keep_tokens",
     "kept_tokens",
+    "requantize",
 ]
 
 KEEP = ("none", "massive", "first")
@@ -43,7 +44,8 @@ class ModelSpec:
     the paper's QuaRot.FP16()): "none", "massive" (per token and site, by `massive.is_massive` on the
     un-rotated token), or "first" (position 0 of what one forward pass is given, so no KV cache).
     clip_steps: see `search_step`. kv: the KV cache, see `kv_cache`. method: of the weights, "rtn" or
-    "gptq", the latter as `gptq` says.
+    "gptq", the latter as `gptq` says. Activations per "token" or "group" are quantized dynamically; per
+    "tensor" statically, with one step for each quantizer from the extremes of calibration tokens.
     """
 
     weights: QuantSpec | None = None
@@ -63,14 +65,30 @@ class ModelSpec:
             raise ValueError(
                 f"weights are per 'channel' or 'group', not {self.weights.granularity!r}"
             )
+        if self.activations is not None and self.activations.granularity == "channel":
+            raise ValueError("activations are per 'token', 'group' or 'tensor', not 'channel'")
+
+    @property
+    def static(self) -> bool:
+        """Whether activations are quantized with steps fixed on calibration tokens."""
+        return self.activations is not None and self.activations.granularity == "tensor"
 
     @classmethod
-    def of(cls, bits: str, **options) -> ModelSpec:
+    def of(
+        cls,
+        bits: str,
+        *,
+        per: str = "token",
+        group_size: int | None = None,
+        clip: float = 1.0,
+        **options: Any,
+    ) -> ModelSpec:
         """From the field's W-A-KV notation: '4-4-16' is 4-bit weights and activations, KV as it is.
 
         16 leaves a part in floating point. Weights: symmetric per channel; activations: asymmetric per
-        token, keys and values in groups of head_dim with R3, as the paper evaluates. Raises ValueError
-        for other forms.
+        token, keys and values in groups of head_dim with R3, as the paper evaluates. per, group_size,
+        clip: of the activations, `per` one of "token", "group", "tensor". Raises ValueError for other
+        forms and for bits outside 2 to 16.
         """
         try:
             w, a, kv = (int(part) for part in bits.split("-"))
@@ -78,9 +96,13 @@ class ModelSpec:
             raise ValueError(
                 f"bits = {bits!r}: use W-A-KV, such as '4-4-16' or '16-4-16'"
             ) from None
+        if max(w, a, kv) > 16 or min(w, a, kv) < 2:
+            raise ValueError(f"bits = {bits!r}: each is 2 to 16, and 16 leaves a part as it is")
         return cls(
             weights=QuantSpec(bits=w, symmetric=True, granularity="channel") if w < 16 else None,
-            activations=QuantSpec(bits=a) if a < 16 else None,
+            activations=QuantSpec(bits=a, granularity=per, group_size=group_size, clip=clip)
+            if a < 16
+            else None,
             kv=KVSpec(bits=kv) if kv < 16 else None,
             **options,
         )
@@ -89,17 +111,26 @@ class ModelSpec:
 class InputQuantizer(nn.Module):
     """Quantize one activation tensor [batch, seqlen, D], once for all the linears that read it.
 
-    `kept` counts, by position in the sequence, the tokens that bypassed quantization.
+    `kept` counts, by position in the sequence, the tokens that bypassed quantization. `static`: scale
+    and zero point, where they do not depend on x. `seen`: while a list, x passes as it is and leaves its
+    extremes there.
     """
 
-    def __init__(self, spec: QuantSpec | None, readers: int, keep: Callable | None = None) -> None:
+    def __init__(self, readers: int) -> None:
         super().__init__()
-        self.spec, self.readers, self.keep = spec, readers, keep
+        self.readers = readers
+        self.spec: QuantSpec | None = None
+        self.keep: Callable | None = None
         self.kept: Tensor | None = None
+        self.static: tuple[Tensor, Tensor] | None = None
+        self.seen: list[Tensor] | None = None
         self._last: tuple[Tensor, Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Q(x); the readers after the first are given the same tensor."""
+        if self.seen is not None:
+            self.seen.append(torch.stack([x.amin(), x.amax()]).float().cpu())
+            return x
         if self.spec is None:
             return x
         if self._last is not None and self._last[0] is x:
@@ -111,7 +142,11 @@ class InputQuantizer(nn.Module):
         return q
 
     def _quantize(self, x: Tensor) -> Tensor:
-        q = fake_quantize(x, self.spec)
+        if self.static is None:
+            q = fake_quantize(x, self.spec)
+        else:
+            scale, zero = (part.to(x) for part in self.static)
+            q = fake_quantize(x, self.spec, scale=scale, zero=zero)
         if self.keep is None:
             return q
         mask = self.keep(x)
@@ -123,20 +158,23 @@ class InputQuantizer(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """y = Q(x H)·Wᵀ + b, H present only where R4 is online; W is what `weights` left of it."""
+    """y = Q(x H)·Wᵀ + b, H present only where a Hadamard is online; W is what `weights` left of it.
+
+    online: what turns x first (R4 before down_proj, the cross-head Hadamard before o_proj), or None.
+    """
 
     def __init__(
-        self, linear: nn.Linear, quantizer: InputQuantizer, *, online_hadamard: bool
+        self, linear: nn.Linear, quantizer: InputQuantizer, online: Callable | None = None
     ) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quantizer, self.online_hadamard = quantizer, online_hadamard
+        self.quantizer, self.online = quantizer, online
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear's output, from its quantized input."""
-        if self.online_hadamard:
-            x = hadamard.transform(x)
+        if self.online is not None:
+            x = self.online(x)
         return F.linear(self.quantizer(x), self.weight, self.bias)
 
 
@@ -147,48 +185,85 @@ def build(
     spec: ModelSpec,
     *,
     calibration: Tensor | None = None,
+    hessians: Hessians | None = None,
 ) -> nn.Module:
     """A quantized copy of the gain-folded `model` with `rotation` merged; `model` is left as it is.
 
-    calibration: tokens [windows, seqlen] for GPTQ; GPTQError without them or with too few. Raises
+    calibration: tokens [windows, seqlen] for GPTQ and static steps; GPTQError or ValueError without
+    them or with too few. hessians: of the floating-point model, for GPTQ in place of tokens. Raises
     RotationError (see `rotations.merge`) and ValueError for a spec that does not fit.
     """
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError("the model is quantized already: build from the one that was loaded")
     rotation = rotation or Rotations()
-    if spec.weights is not None and spec.method == "gptq" and calibration is None:
-        raise GPTQError("GPTQ needs calibration tokens: give build(…, calibration=tokens)")
+    if spec.weights is not None and spec.method == "gptq" and calibration is hessians is None:
+        raise GPTQError(
+            "GPTQ needs calibration tokens or Hessians: give build(…, calibration=tokens)"
+        )
     q = rotations.merge(copy.deepcopy(model), rotation)
+    before_o, before_down = rotations.online(q, rotation)
     if spec.weights is not None and spec.method == "gptq":
         how = replace(spec.gptq, clip_steps=spec.clip_steps)
-        gptq.quantize_layers(q, calibration, spec.weights, how, online_hadamard=rotation.R4)
+        if hessians is not None:
+            gptq.quantize_with(q, hessians.of(rotation), spec.weights, how)
+        else:
+            gptq.quantize_layers(q, calibration, spec.weights, how, online=(before_o, before_down))
     for layer in models.layers(q):
-        groups = [
-            (layer.attention_inputs, False),
-            ({"self_attn.o_proj": layer.attention_output}, False),
-            (layer.mlp_inputs, False),
-            ({"mlp.down_proj": layer.mlp_output}, rotation.R4),
-        ]
-        for linears, online in groups:
-            quantizer = InputQuantizer(spec.activations, len(linears))
+        turns = (None, before_o, None, before_down)
+        for linears, online in zip(layer.groups, turns, strict=True):
+            quantizer = InputQuantizer(len(linears))
             for name, linear in linears.items():
                 if spec.weights is not None and spec.method == "rtn":
                     w = round_to_nearest(linear.weight, spec.weights, steps=spec.clip_steps)
                     linear.weight.copy_(w)
                 parent, _, child = name.rpartition(".")
-                swapped = QuantLinear(linear, quantizer, online_hadamard=online)
+                swapped = QuantLinear(linear, quantizer, online)
                 setattr(layer.module.get_submodule(parent), child, swapped)
-    if spec.kv is not None:
-        kv_cache.quantize_cache(q, spec.kv)
-    return keep_tokens(q, rotation, spec)
+    return requantize(q, rotation, spec, calibration=calibration)
 
 
-def keep_tokens(model: nn.Module, rotation: Rotations, spec: ModelSpec) -> nn.Module:
-    """Set which tokens bypass quantization in a built `model`, in place, as `spec.keep` says."""
-    keep = _keeper(spec, rotation)
+@torch.no_grad()
+def requantize(
+    model: nn.Module,
+    rotation: Rotations | None,
+    spec: ModelSpec,
+    *,
+    calibration: Tensor | None = None,
+) -> nn.Module:
+    """Set how a built `model` quantizes activations and KV cache, in place; its weights stay.
+
+    rotation: what was merged. calibration: tokens [windows, seqlen] for static steps, which are the
+    extremes of the unquantized inputs; ValueError without them. Returns `model`.
+    """
+    keep = _keeper(spec, rotation or Rotations())
+    quantizers = _quantizers(model)
+    for quantizer in quantizers:
+        quantizer.spec, quantizer.static, quantizer.keep = spec.activations, None, None
     for quantizer in _site_quantizers(model).values():
         quantizer.keep, quantizer.kept = keep, None
+    kv_cache.quantize_cache(model, spec.kv)
+    if spec.static:
+        if calibration is None:
+            raise ValueError("static steps need calibration tokens: give calibration=tokens")
+        _calibrate(model, quantizers, spec.activations, calibration)
     return model
+
+
+def _calibrate(
+    model: nn.Module, quantizers: list[InputQuantizer], spec: QuantSpec, tokens: Tensor
+) -> None:
+    device = next(model.parameters()).device
+    base = model.get_submodule(models.architecture(model).layers.split(".")[0])
+    for quantizer in quantizers:
+        quantizer.seen = []
+    try:
+        for window in tokens:
+            base(window[None].to(device), use_cache=False)
+        for quantizer in quantizers:
+            quantizer.static = calibrate(quantizer.seen, spec)
+    finally:
+        for quantizer in quantizers:
+            quantizer.seen = None
 
 
 def _keeper(spec: ModelSpec, rotation: Rotations) -> Callable | None:
@@ -209,11 +284,6 @@ def _keeper(spec: ModelSpec, rotation: Rotations) -> Callable | None:
     return keep
 
 
-def kept_tokens(model: nn.Module) -> dict[str, Tensor]:
-    """By site ('layers.0.attention', …): how often each position [seqlen] was kept, so far."""
-    return {site: q.kept for site, q in _site_quantizers(model).items() if q.kept is not None}
-
-
 def drain_kept(model: nn.Module) -> list[tuple[int, list[str]]]:
     """(position, sites where it was kept) since the last call, in order of position; then forgets."""
     where: dict[int, list[str]] = {}
@@ -223,6 +293,19 @@ def drain_kept(model: nn.Module) -> list[tuple[int, list[str]]]:
                 where.setdefault(position, []).append(site)
             quantizer.kept = None
     return sorted(where.items())
+
+
+def kept_tokens(model: nn.Module) -> dict[str, Tensor]:
+    """By site ('layers.0.attention', …): how often each position [seqlen] was kept, so far."""
+    return {site: q.kept for site, q in _site_quantizers(model).items() if q.kept is not None}
+
+
+def _quantizers(model: nn.Module) -> list[InputQuantizer]:
+    """Every quantizer of `model` once, in order; ValueError for a model that was not built."""
+    found = {id(m): m for m in model.modules() if isinstance(m, InputQuantizer)}
+    if not found:
+        raise ValueError("the model is not quantized: make it with quantized_model.build")
+    return list(found.values())
 
 
 def _site_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:

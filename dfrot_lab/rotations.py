@@ -10,6 +10,7 @@ into weights. R4 is a Hadamard before down_proj, applied online; only its invers
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,13 @@ __all__ = [
     "START",
     "RotationError",
     "Rotations",
+    "across_heads",
     "check",
     "composed_hadamard",
     "identity",
     "load",
     "merge",
+    "online",
     "orthogonality_error",
     "random_hadamard",
     "random_orthogonal",
@@ -133,11 +136,16 @@ def load(path: str | Path, d: int | None = None) -> tuple[Tensor, dict]:
 
 @dataclass(frozen=True)
 class Rotations:
-    """What to merge: R1 [d, d]; R2 [head_dim, head_dim] for all layers; R4, a Hadamard, on or off."""
+    """What to merge: R1 [d, d]; R2 [head_dim, head_dim] for all layers; Hadamards on or off.
+
+    R4: before down_proj. heads: across the heads before o_proj, as upstream QuaRot has it and DFRot
+    does not. Both are online, their inverses merged. (R3 belongs to the KV cache: `kv_cache.KVSpec`.)
+    """
 
     R1: Tensor | None = None
     R2: Tensor | None = None
     R4: bool = False
+    heads: bool = False
 
     @classmethod
     def standard(cls, model: nn.Module, R1: Tensor | None) -> Rotations:
@@ -163,7 +171,8 @@ def merge(model: nn.Module, rotations: Rotations) -> nn.Module:
     if not models.is_folded(model):
         raise RotationError("RMSNorm gains are not folded: call models.fold_gains(model) first")
     done = list(model.config.dfrot_merged)
-    asked = {"R1": rotations.R1 is not None, "R2": rotations.R2 is not None, "R4": rotations.R4}
+    asked = {"R1": rotations.R1 is not None, "R2": rotations.R2 is not None}
+    asked |= {"R4": rotations.R4, "heads": rotations.heads}
     if twice := [name for name in done if asked.get(name)]:
         raise RotationError(f"{twice} already merged into this model: load it afresh")
     parts = models.layers(model)
@@ -172,6 +181,8 @@ def merge(model: nn.Module, rotations: Rotations) -> nn.Module:
         check(rotations.R1, model.config.hidden_size, "R1")
     if rotations.R2 is not None:
         check(rotations.R2, parts[0].module.self_attn.head_dim, "R2")
+    if rotations.heads:
+        _check_heads(model.config.num_attention_heads)
     if rotations.R1 is not None:
         _merge_r1(model, rotations.R1)
         done.append("R1")
@@ -183,8 +194,40 @@ def merge(model: nn.Module, rotations: Rotations) -> nn.Module:
             w = layer.mlp_output.weight
             w.copy_(hadamard.transform(_precise(w)))
         done.append("R4")
+    if rotations.heads:
+        across = across_heads(parts[0].module.self_attn.head_dim)
+        for layer in parts:
+            layer.attention_output.weight.copy_(across(_precise(layer.attention_output.weight)))
+        done.append("heads")
     model.config.dfrot_merged = done
     return model
+
+
+def online(model: nn.Module, rotations: Rotations) -> tuple[Callable | None, Callable | None]:
+    """What must turn the inputs of o_proj and of down_proj in the running `model`; None for nothing."""
+    size = models.layers(model)[0].module.self_attn.head_dim
+    return (
+        across_heads(size) if rotations.heads else None,
+        hadamard.transform if rotations.R4 else None,
+    )
+
+
+def across_heads(head_dim: int) -> Callable[[Tensor], Tensor]:
+    """x [..., heads·head_dim] → x (H_heads ⊗ I), a Hadamard across heads, channel by channel."""
+
+    def turn(x: Tensor) -> Tensor:
+        channels = x.unflatten(-1, (-1, head_dim)).transpose(-1, -2)  # [..., head_dim, heads]
+        return hadamard.transform(channels.contiguous()).transpose(-1, -2).flatten(-2)
+
+    return turn
+
+
+def _check_heads(heads: int) -> None:
+    if not hadamard.is_full(heads):
+        raise RotationError(
+            f"no Hadamard matrix across {heads} heads (orders are 1, 2 and multiples of 4): leave "
+            "heads=False, as DFRot does"
+        )
 
 
 def _merge_r1(model: nn.Module, r: Tensor) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import textwrap
 from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
+from dfrot_lab import files, paper
 from dfrot_lab.results import ResultError
 
-__all__ = ["Table", "claims_table", "perplexity_table"]
+__all__ = ["Table", "claims_table", "intervals_table", "paper_table", "perplexity_table"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,31 @@ class Table:
 
     def _align(self, column: int) -> str:
         return f"text-align: {'right' if column in self.numeric else 'left'}"
+
+    def csv(self) -> str:
+        """Comma-separated, header first."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([self.header, *self.rows])
+        return out.getvalue()
+
+    def latex(self) -> str:
+        """A tabular with booktabs' rules and the title as a comment."""
+        columns = "".join("r" if i in self.numeric else "l" for i in range(len(self.header)))
+        lines = [" & ".join(map(_latex, row)) + r" \\" for row in (self.header, *self.rows)]
+        body = "\n".join([lines[0], r"\midrule", *lines[1:]])
+        return (
+            f"% {self.title}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n"
+            "\\bottomrule\n\\end{tabular}\n"
+        )
+
+    def save(self, folder: str | Path, name: str) -> list[Path]:
+        """NAME.csv, NAME.tex and NAME.html in `folder`, each written whole or not at all."""
+        texts = {".csv": self.csv(), ".tex": self.latex(), ".html": self._repr_html_() + "\n"}
+        paths = [Path(folder) / f"{name}{suffix}" for suffix in texts]
+        for path, text in zip(paths, texts.values(), strict=True):
+            with files.atomic(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+        return paths
 
     def __str__(self) -> str:
         lines = [
@@ -109,6 +138,102 @@ def perplexity_table(result: dict[str, Any]) -> Table:
     )
     numeric = frozenset(range(len(header) - (4 if gamma else 3), len(header)))
     return Table("Perplexity by rotation, mean and sd over n seeds", header, rows, numeric)
+
+
+def paper_table(result: dict[str, Any]) -> Table:
+    """Tables 1 and 2 of the paper: our perplexity beside LLaMA2-7B's and LLaMA3-8B's, each × its FP.
+
+    A model of its own size has its own perplexity: what compares is the ratio to floating point.
+    """
+    models = ("LLaMA2-7B", "LLaMA3-8B")
+    found = _part(result, "table")
+    fp = next(float(r["mean"]) for r in found if r["rotation"] == "FP")
+    ours = [r for r in found if r["rotation"] != "FP"]
+    header = ("bits", "weights", "rotation", "perplexity", "sd", "n", "× FP")
+    rows = tuple(
+        (
+            r["bits"],
+            "RTN" if r["method"] == "rtn" else "GPTQ",
+            r["rotation"] + (", massive kept" if r["keep"] == "massive" else ""),
+            _number(r["mean"], ",.2f"),
+            _number(r["sd"], ",.2f") if r["n"] > 1 else "",
+            str(r["n"]),
+            _number(float(r["mean"]) / fp, ",.2f"),
+            *(_published(m, r) for m in models),
+        )
+        for r in sorted(ours, key=lambda r: (r["bits"], r["method"]))
+    )
+    title = f"Tables 1 and 2: ours (floating point {fp:.2f}) beside the paper's"
+    return Table(
+        title, (*header, *(f"{m}: paper, × FP" for m in models)), rows, frozenset(range(3, 9))
+    )
+
+
+def _published(model: str, row: dict[str, Any]) -> str:
+    """'6.13 (1.12)': what the paper has for such a row, and over its FP16; a dash where it has none."""
+    name, kept, bits = row["rotation"], row["keep"] == "massive", row["bits"]
+    numbers = paper.numbers()
+    value = None
+    if row["method"] == "rtn":
+        columns = numbers["table2_readme_rtn"]["columns"]
+        method = {"RH": "QuaRot-RTN", "DFRot(RH)": "DFRot-RTN"}.get(name)
+        if method and bits in columns and not kept:
+            value = paper.readme_rtn(model, method, bits)
+    elif name in ("NR", "RO", "RH"):
+        if bits in numbers["table1_ro_vs_rh_gptq"]["columns"]:
+            line = "GPTQ" if name == "NR" else name + (".FP16" if kept else "")
+            value = paper.table1(model, line, bits)
+    elif name == "DFRot(RH)":
+        table = numbers["table2_main_ppl_gptq"]
+        if bits in table:
+            value = table[bits]["DFRot"][table["models"].index(model)]
+    if value is None:
+        return "–"
+    value = float(value)
+    if not math.isfinite(value):
+        return "no number" if math.isnan(value) else "∞"
+    return f"{value:.2f} ({value / numbers['fp16_ppl'][model]:.2f})"
+
+
+def intervals_table(result: dict[str, Any]) -> Table:
+    """Paired differences a − b in nats a token: mean, 95 % interval over windows, sd over seeds."""
+    found = _part(result, "paired")
+    rows = tuple(
+        (
+            r["bits"],
+            "RTN" if r["method"] == "rtn" else "GPTQ",
+            f"{r['a'].removesuffix(' none')} − {r['b'].removesuffix(' none')}".replace(
+                " massive", ", massive kept"
+            ),
+            _number(r["mean"], ".4f"),
+            f"[{_number(r['low'], '.4f')}, {_number(r['high'], '.4f')}]",
+            _number(r["seed_sd"], ".4f"),
+        )
+        for r in found
+    )
+    header = ("bits", "weights", "difference", "nats a token", "95 % over windows", "sd over seeds")
+    return Table("Paired differences", header, rows, frozenset((3, 4, 5)))
+
+
+def _latex(text: str) -> str:
+    for sign, to in (
+        ("\\", r"\textbackslash{}"),
+        ("%", r"\%"),
+        ("&", r"\&"),
+        ("_", r"\_"),
+        ("#", r"\#"),
+    ):
+        text = text.replace(sign, to)
+    for sign, to in (
+        ("−", "$-$"),
+        ("×", r"$\times$"),
+        ("∞", r"$\infty$"),
+        ("γ", r"$\gamma$"),
+        ("–", "--"),
+        ("²", "$^2$"),
+    ):
+        text = text.replace(sign, to)
+    return text
 
 
 def _part(result: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from dfrot_lab import batches
 ROOT = Path(__file__).parents[1]
 NAMES = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
 
+ONLY = [word for name in NAMES for word in ("--only", name)]
+
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
@@ -33,7 +35,7 @@ def checkout(tmp_path_factory):
 def command(checkout, **environment):
     paths = os.pathsep.join([str(checkout), str(checkout / "kernels")])
     return {
-        "args": [sys.executable, "-m", "dfrot_lab.cli", "batch", "--profile", "smoke"],
+        "args": [sys.executable, "-m", "dfrot_lab.cli", "batch", "--profile", "smoke", *ONLY],
         "cwd": checkout,
         "env": os.environ | {"PYTHONPATH": paths} | environment,
         "text": True,

@@ -3,6 +3,7 @@
 import statistics
 
 import pytest
+from dfrot_kernels import hadamard
 
 from dfrot_lab import gptq, models, quantized_model, rotations
 from dfrot_lab.lab import Lab
@@ -58,7 +59,7 @@ def test_gptq_loses_less_than_rtn_in_every_linear(lab):
     exact, gptq.quantize_weight = gptq.quantize_weight, both
     try:
         tokens = lab.evaluation_tokens(8)
-        gptq.quantize_layers(merged, tokens, spec, gptq.GPTQ(), online_hadamard=True)
+        gptq.quantize_layers(merged, tokens, spec, gptq.GPTQ(), online=(None, hadamard.transform))
     finally:
         gptq.quantize_weight = exact
     assert len(seen) == 4 * 30 and max(seen.values()) < 1

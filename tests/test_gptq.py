@@ -1,11 +1,14 @@
 """GPTQ against a naive reference and against RTN; the layer walk against a whole forward pass."""
 
+import copy
+
 import pytest
 import torch
+from dfrot_kernels import hadamard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfrot_lab import gptq, models, quantized_model, rotations
+from dfrot_lab import gptq, hessians, models, quantized_model, rotations
 from dfrot_lab.gptq import GPTQ, GPTQError
 from dfrot_lab.quantizers import QuantSpec, fake_quantize, round_to_nearest, search_step
 from dfrot_lab.rotations import Rotations
@@ -107,7 +110,7 @@ def test_the_layer_walk_follows_the_model(kind):
     before = {n: p.clone() for n, p in q.named_parameters()}
     errors = gptq.quantize_layers(
         q, tokens, QuantSpec(bits=16, symmetric=True, granularity="channel"),
-        GPTQ(clip_steps=1), online_hadamard=True,
+        GPTQ(clip_steps=1), online=(None, hadamard.transform),
     )  # fmt: skip
     assert len(errors) == 14 and max(errors.values()) < 1e-7
     for name, p in q.named_parameters():
@@ -142,3 +145,68 @@ def test_too_few_tokens_are_refused():
 def test_bad_settings(field, value):
     with pytest.raises(ValueError, match=f"{field} = "):
         GPTQ(**{field: value})
+
+
+# --- Hessians of the floating-point model -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", models.ARCHITECTURES)
+def test_a_conjugated_hessian_is_that_of_the_rotated_model(kind, tmp_path):
+    model = models.fold_gains(models.tiny(kind))
+    tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    rotation = Rotations(
+        R1=rotations.random_orthogonal(64, 0),
+        R2=rotations.random_orthogonal(16, 1),
+        R4=True,
+        heads=True,
+    )
+    shared = hessians.collect(model, tokens, tmp_path, {"key": "k"})
+    assert hessians.load(tmp_path, 16).metadata == {"key": "k"}
+    q, of = rotations.merge(copy.deepcopy(model), rotation), shared.of(rotation)
+    seen = []
+
+    def compare(layer, linears, inputs):
+        wanted = gptq.hessian_of(inputs)
+        found = of(layer.index, next(iter(linears)))
+        assert ((found - wanted).norm() / wanted.norm()).item() < 1e-4
+        seen.append(found)
+
+    gptq.walk(q, tokens, compare, online=rotations.online(q, rotation))
+    assert len(seen) == 8
+
+
+def test_shared_hessians_quantize_nearly_as_well(tmp_path):
+    model = models.fold_gains(models.tiny("llama", planted=30))
+    tokens = torch.randint(3, 300, (8, 64), generator=torch.Generator().manual_seed(1))
+    rotation = Rotations.standard(model, rotations.random_hadamard(64, 0))
+    shared = hessians.collect(model, tokens, tmp_path, {})
+    spec = quantized_model.ModelSpec.of("4-16-16", method="gptq")
+    rtn = quantized_model.ModelSpec.of("4-16-16")
+    reference = model(tokens).logits
+    loss = {
+        name: (m(tokens).logits - reference).square().mean().item()
+        for name, m in {
+            "shared": quantized_model.build(model, rotation, spec, hessians=shared),
+            "exact": quantized_model.build(model, rotation, spec, calibration=tokens),
+            "rtn": quantized_model.build(model, rotation, rtn),
+        }.items()
+    }
+    assert loss["shared"] < 0.8 * loss["rtn"] and loss["shared"] < 1.5 * loss["exact"]
+
+
+def test_hessians_cut_short_are_not_taken_for_whole(tmp_path, monkeypatch):
+    model = models.fold_gains(models.tiny("llama"))
+    tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    written = []
+
+    def fail(self, *given, **keywords):
+        written.append(self)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        return original(self, *given, **keywords)
+
+    original = type(tmp_path).write_bytes
+    monkeypatch.setattr(type(tmp_path), "write_bytes", fail)
+    with pytest.raises(OSError, match="No space left"):
+        hessians.collect(model, tokens, tmp_path / "h", {})
+    assert sorted(p.name for p in (tmp_path / "h").iterdir()) == ["layer-000.safetensors"]

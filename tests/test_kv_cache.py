@@ -87,5 +87,5 @@ def test_bad_settings_are_refused():
     model = models.fold_gains(models.tiny("llama"))
     with pytest.raises(KVError, match="group size 128"):
         kv_cache.quantize_cache(model, KVSpec(group_size=128))
-    with pytest.raises(ValueError, match="bits = 1"):
+    with pytest.raises(ValueError, match="bits = '4-4-1': each is 2 to 16"):
         quantized_model.ModelSpec.of("4-4-1")

@@ -35,6 +35,8 @@ def synthetic(case: str = "full") -> dict[str, dict]:
         "02_ro_vs_rh_error": _token_errors(rng, massive, seeds),
         "03_massive_tokens_fp16": _kept_tokens(rng, massive, seeds, case == "infinite"),
         "04_dfrot": _refined(rng, massive, seeds, case == "infinite"),
+        "05_tables": _tables(seeds, case == "infinite"),
+        "06_reviewers_questions": _questions(rng, massive, seeds),
     }
     return json.loads(json.dumps(everything, allow_nan=False))
 
@@ -216,6 +218,96 @@ def _refined(rng, massive, seeds, infinite) -> dict:
     }
 
 
+def _tables(seeds, infinite) -> dict:
+    rows = [_row("FP", "none", 0, 12.5, "16-16-16") | {"method": None}]
+    levels = {"RO": 90.0, "RH": 60.0, "DFRot(RO)": 62.0, "DFRot(RH)": 55.0}
+    for bits, scale in (("4-4-4", 1.2), ("4-8-16", 0.3)):
+        nr = "inf" if infinite else 43210.0
+        rows.append(_row("NR", "none", 0, nr, bits) | {"method": "gptq-shared"})
+        for name, level in levels.items():
+            for s in seeds:
+                for method, more in (("gptq-shared", 1.0), ("rtn", 1.5)):
+                    ppl = "inf" if infinite and name == "RO" else scale * more * (level + s)
+                    rows.append(_row(name, "none", s, ppl, bits) | {"method": method})
+                if name in ("RO", "RH"):
+                    kept = _row(name, "massive", s, scale * (level - 5), bits)
+                    rows.append(kept | {"method": "gptq-shared"})
+    sample = [{"index": i, "ppl": 55.0 + i, "bits": "4-4-16", "method": "rtn"} for i in range(3)]
+    return {
+        "rows": rows,
+        "table": _table(rows),
+        "paired": [],
+        "calibration": {
+            "sample": sample,
+            "sites": [{"used": n, "of": 60, "ppl": 60.0 - n / 10} for n in (45, 8)],
+        },
+        "gamma": [
+            {"start": s, "gamma": g, "ppl": 60.0 - i}
+            for s in ("RH", "RO")
+            for i, g in enumerate(["1.0", "100.0", "inf", "none"])
+        ],
+    }
+
+
+def _questions(rng, massive, seeds) -> dict:
+    pair = ("RH", "DFRot(RH)")
+    names = ("RO", *pair)
+    surface = {
+        n: rng.exponential(k, (6, 8)).tolist()
+        for n, k in zip(("NR", *pair), (4, 1, 1), strict=True)
+    }
+    return {
+        "static": [
+            {"rotation": n, "bits": "16-8-16", "per": per, "ppl": 30.0 + i}
+            for n in pair
+            for i, per in enumerate(("token", "tensor"))
+        ],
+        "clipping": [
+            {"rotation": n, "clip": c, "ppl": 30.0 + 4 * abs(c - 0.9)}
+            for n in pair
+            for c in (1.0, 0.9, 0.8)
+        ],
+        "transfer": [
+            {"calibrated": c, "tested": t, "ppl": 30.0 + i}
+            for t in ("demo", "lee")
+            for i, c in enumerate(("none", "demo", "lee"))
+        ],
+        "recollected": [{"round": k, "ppl": 30.0 - k} for k in range(3)],
+        "task_loss": [
+            {
+                "rotation": n,
+                "keep": k,
+                "kl": 0.5 - 0.1 * i,
+                "error": 0.02 - 0.001 * i,
+                "ppl": 40.0 - i,
+            }
+            for i, (n, k) in enumerate(
+                [("RO", "none"), ("RH", "none"), ("DFRot(RH)", "none"), ("RO", "massive")]
+            )
+        ],
+        "similarity": [
+            {"rotation": n, "seed": s, "cosines": rng.uniform(0.2, 1, D).tolist()}
+            | {"relative_distance": 0.5, "mean_column_cosine": 0.6}
+            for n in ("DFRot(RH)", "DFRot(RO)")
+            for s in seeds
+        ],
+        "pictures": {"site": SITES[1], "channels": D} | surface,
+        "errors_by_layer": [
+            {"site": s, "rotation": n, "normal": 0.01} | ({"massive": 0.03} if massive else {})
+            for s in SITES
+            for n in names
+        ],
+        "bos": [
+            {"rotation": n, "bos": b, "ppl": 30.0 + b}
+            for n in ("FP", *names)
+            for b in (False, True)
+        ]
+        if massive
+        else [],
+        "slips": [{"way": w, "ppl": 30.0 + i} for i, w in enumerate(("RH itself", "ours", "QR"))],
+    }
+
+
 RESULTS = {case: synthetic(case) for case in CASES}
 FULL = RESULTS["full"]
 
@@ -296,6 +388,19 @@ def test_massive_tokens_are_never_thinned_out():
         ("dfrot_scatter", lambda r: r["scatter"].update(site="layers.77.mlp")),
         ("gamma_sweep", lambda r: r["gamma"][1].update(ppl=7.77)),
         ("dfrot_perplexity", lambda r: [x.update(ppl=7.77) for x in r["rows"]]),
+        ("tables_by_bits", lambda r: [x.update(ppl=77.7) for x in r["rows"]]),
+        ("calibration_ablation", lambda r: r["calibration"]["sites"][0].update(ppl=77.7)),
+        ("gamma_sweep_w4a4", lambda r: r["gamma"][1].update(ppl=7.77)),
+        ("static_steps", lambda r: r["static"][0].update(ppl=77.7)),
+        ("clipping", lambda r: r["clipping"][1].update(ppl=7.77)),
+        ("corpus_transfer", lambda r: r["transfer"][0].update(ppl=77.7)),
+        ("recollected", lambda r: r["recollected"][0].update(ppl=77.7)),
+        ("task_loss", lambda r: r["task_loss"][0].update(ppl=77.7)),
+        ("column_cosines", lambda r: [x.update(relative_distance=0.77) for x in r["similarity"]]),
+        ("refined_surfaces", lambda r: r["pictures"]["NR"][0].__setitem__(0, 77.7)),
+        ("error_by_site", lambda r: [x.update(normal=0.0777) for x in r["errors_by_layer"]]),
+        ("begin_of_sequence", lambda r: r["bos"][0].update(ppl=77.7)),
+        ("slips", lambda r: r["slips"][1].update(ppl=77.7)),
         ("rotation_distance", lambda r: [x.update(relative_distance=0.77) for x in r["losses"]]),
     ],
 )
@@ -394,7 +499,7 @@ def test_a_rotation_has_one_colour_and_they_differ():
 
 
 def test_unknown_names_and_missing_results_say_so_in_a_line(tmp_path):
-    with pytest.raises(plots.PlotError, match="'nonsense' is unknown: use one of logit_errors, "):
+    with pytest.raises(plots.PlotError, match="'nonsense' is unknown: use one of gamma_sweep, "):
         plots.draw("nonsense", {})
     with pytest.raises(plots.PlotError, match="'nonsense' has no figures"):
         plots.draw_notebook("nonsense", tmp_path)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -39,6 +42,7 @@ ROTATIONS = {
     "NR": Rotations(),
     "R1": Rotations(R1=haar(64, 1)),
     "all": Rotations(R1=haar(64, 1), R2=haar(16, 2), R4=True),
+    "all and heads": Rotations(R1=haar(64, 1), R2=haar(16, 2), R4=True, heads=True),
 }
 
 
@@ -47,6 +51,8 @@ def by_hand(model: nn.Module, rotation: Rotations, spec: ModelSpec) -> nn.Module
     model = rotations.merge(copy.deepcopy(model), rotation)
     dense = torch.from_numpy(hadamard.matrix(model.config.intermediate_size)).double()
     dense /= dense[0].norm()
+    across = torch.from_numpy(hadamard.matrix(model.config.num_attention_heads)).double()
+    across = torch.kron(across / across[0].norm(), torch.eye(16, dtype=torch.float64))
 
     def quantized(x: torch.Tensor, kept: bool) -> torch.Tensor:
         q = x if spec.activations is None else fake_quantize(x, spec.activations)
@@ -62,6 +68,8 @@ def by_hand(model: nn.Module, rotation: Rotations, spec: ModelSpec) -> nn.Module
         (x,) = inputs
         if rotation.R4 and name.endswith("down_proj"):
             x = x @ dense.to(x.dtype)
+        if rotation.heads and name.endswith("o_proj"):
+            x = x @ across.to(x.dtype)
         return quantized(x, not name.endswith(("o_proj", "down_proj")))
 
     for name, module in model.model.layers.named_modules():
@@ -161,7 +169,8 @@ def test_nothing_stale_and_nothing_left_behind(llama):
 
 
 def test_readers_of_one_quantizer_follow_their_input():
-    quantizer = quantized_model.InputQuantizer(QuantSpec(), readers=3)
+    quantizer = quantized_model.InputQuantizer(readers=3)
+    quantizer.spec = QuantSpec()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(1, 4, 8, generator=generator) for _ in range(2))
     for x in (a, b, b, a, a, a, a, b):
@@ -170,7 +179,7 @@ def test_readers_of_one_quantizer_follow_their_input():
 
 def test_unquantized_inputs_pass_as_they_are():
     x = torch.ones(1, 2, 3)
-    assert quantized_model.InputQuantizer(None, readers=3)(x) is x
+    assert quantized_model.InputQuantizer(readers=3)(x) is x
 
 
 # --- kept tokens -----------------------------------------------------------------------------------
@@ -346,3 +355,85 @@ def test_the_fields_notation(bits, weights, acts):
 def test_bad_notation_names_the_value(bits):
     with pytest.raises(ValueError, match=f"bits = '?{bits[:1]}"):
         ModelSpec.of(bits)
+
+
+# --- static steps, changed settings ----------------------------------------------------------------
+
+
+def test_static_steps_are_the_extremes_of_the_calibration_inputs(llama):
+    tokens, spec = random_tokens(), ModelSpec.of("16-8-16", per="tensor")
+    rotation = ROTATIONS["all"]
+    built = build(llama, rotation, spec, calibration=tokens)
+    plain = build(llama, rotation, ModelSpec(activations=None))
+    inputs = {}
+    for name, module in plain.named_modules():
+        if isinstance(module, quantized_model.QuantLinear):
+            turn = module.online or (lambda x: x)
+            module.register_forward_pre_hook(
+                lambda m, x, name=name, turn=turn: inputs.__setitem__(name, turn(x[0]))
+            )
+    logits(plain, tokens)
+    assert len(inputs) == 14
+    for name, x in inputs.items():
+        scale, zero = built.get_submodule(name).quantizer.static
+        low, high = min(x.min().item(), 0), max(x.max().item(), 0)
+        assert scale.item() == pytest.approx((high - low) / 255, rel=1e-5)
+        assert zero.item() == round(-low / scale.item())
+    far = relative(logits(built, tokens), logits(plain, tokens))
+    assert 0 < far < 0.5
+    with pytest.raises(ValueError, match="static steps need calibration tokens"):
+        build(llama, rotation, spec)
+
+
+def test_static_steps_do_not_follow_the_input(llama):
+    built = build(llama, None, ModelSpec.of("16-8-16", per="tensor"), calibration=random_tokens())
+    quantizer = built.model.layers[0].self_attn.q_proj.quantizer
+    scale, zero = quantizer.static
+    x = torch.full((1, 1, 64), 1e6)
+    assert (quantizer(x) == (255 - zero) * scale).all()  # clamped to the largest code
+
+
+@pytest.mark.parametrize("first", SPECS)
+@pytest.mark.parametrize("rotation", ["NR", "all"])
+def test_requantizing_is_building_anew(llama, first, rotation):
+    tokens, r = random_tokens(), ROTATIONS[rotation]
+    weights, steps = SPECS[first].weights, SPECS[first].clip_steps
+    built = build(llama, r, SPECS[first])
+    for setting in (
+        ModelSpec.of("16-4-4", keep="massive"),
+        ModelSpec.of("16-8-16", per="group", group_size=16, clip=0.9),
+        ModelSpec.of("16-8-4", per="tensor"),
+        ModelSpec.of("16-16-16"),
+    ):
+        then = replace(setting, weights=weights, clip_steps=steps)
+        quantized_model.requantize(built, r, then, calibration=tokens)
+        anew = build(llama, r, then, calibration=tokens)
+        assert torch.equal(logits(built, tokens), logits(anew, tokens))
+
+
+def test_only_a_built_model_is_requantized(llama):
+    with pytest.raises(ValueError, match=r"not quantized: make it with quantized_model\.build"):
+        quantized_model.requantize(llama, None, ModelSpec())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["R1", "R1 and R2"])
+def test_a_merged_checkpoint_needs_this_package_no_more(kind, name, tmp_path):
+    model, tokens = models.fold_gains(models.tiny(kind)), random_tokens()
+    rotation = Rotations(R1=haar(64, 1), R2=haar(16, 2) if "R2" in name else None)
+    rotations.merge(copy.deepcopy(model), rotation).save_pretrained(tmp_path / "model")
+    torch.save(tokens, tmp_path / "tokens.pt")
+    script = (
+        "import sys, torch, transformers\n"
+        "m = transformers.AutoModelForCausalLM.from_pretrained('model', dtype=torch.float32)\n"
+        "torch.save(m(torch.load('tokens.pt')).logits.detach(), 'logits.pt')\n"
+        "assert not any(n.startswith('dfrot') for n in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True)
+    assert relative(torch.load(tmp_path / "logits.pt"), logits(model, tokens)) < 1e-4
+
+
+def test_heads_without_a_hadamard_are_refused():
+    model = models.fold_gains(models.tiny("llama", hidden=96, heads=6, kv_heads=2, head_dim=16))
+    with pytest.raises(RotationError, match="no Hadamard matrix across 6 heads"):
+        build(model, Rotations(heads=True), ModelSpec())

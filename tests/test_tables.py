@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 
 import pytest
@@ -91,3 +92,73 @@ def test_an_empty_and_a_missing_table_say_so(make, key):
     )
     with pytest.raises(ResultError, match=f"holds no '{key}'"):
         make({})
+
+
+# --- notebook 05 ------------------------------------------------------------------------------------
+
+
+def five() -> dict:
+    def row(name, bits, method, mean, keep="none"):
+        about = {"rotation": name, "keep": keep, "bits": bits, "gamma": None, "method": method}
+        return about | {"mean": mean, "sd": 1.0, "n": 3}
+
+    return {
+        "table": [
+            row("FP", "16-16-16", None, 20.0),
+            row("RH", "4-4-16", "gptq-shared", 40.0),
+            row("RH", "4-4-16", "gptq-shared", 38.0, "massive"),
+            row("RH", "4-4-16", "rtn", 60.0),
+            row("DFRot(RH)", "4-4-16", "gptq", 36.0),
+            row("DFRot(RO)", "4-4-16", "gptq", 37.0),
+            row("NR", "4-4-16", "gptq", "inf"),
+            row("RO", "4-8-16", "gptq", 22.0, "massive"),
+            row("RH", "4-7-16", "gptq", 22.0),
+        ],
+        "paired": [
+            {"a": "RO massive", "b": "RH none", "bits": "4-4-4", "method": "gptq", "mean": 0.12345}
+            | {"low": -0.1, "high": 0.3, "seed_sd": 0.01}
+        ],
+    }
+
+
+def test_the_papers_numbers_stand_beside_ours():
+    table = tables.paper_table(five())
+    assert len({len(r) for r in table.rows} | {len(table.header)}) == 1
+    cells = {row[:3]: row[3:] for row in table.rows}
+    # LLaMA2-7B: FP16 5.47; Table 1 RH 6.20, RH.FP16 6.10; README RTN; Table 2 DFRot 6.13
+    assert cells["4-4-16", "GPTQ", "RH"][3:5] == ("2.00", "6.20 (1.13)")
+    assert cells["4-4-16", "GPTQ", "RH, massive kept"][4] == "6.10 (1.12)"
+    assert cells["4-4-16", "RTN", "RH"][4] not in ("–", "6.20 (1.13)")
+    assert cells["4-4-16", "GPTQ", "DFRot(RH)"][4] == "6.13 (1.12)"
+    assert cells["4-4-16", "GPTQ", "DFRot(RO)"][4] == "–"  # the paper has no such row
+    assert (
+        cells["4-4-16", "GPTQ", "NR"][0] == "∞" and cells["4-4-16", "GPTQ", "NR"][4] == "no number"
+    )
+    assert cells["4-8-16", "GPTQ", "RO, massive kept"][4] == "–"
+    assert cells["4-7-16", "GPTQ", "RH"][4:] == ("–", "–")
+
+
+def test_intervals_name_both_sides():
+    [row] = tables.intervals_table(five()).rows
+    assert row == (
+        "4-4-4", "GPTQ", "RO, massive kept − RH", "0.1235", "[-0.1000, 0.3000]", "0.0100",
+    )  # fmt: skip
+
+
+def test_saved_as_csv_latex_and_html(tmp_path):
+    table = tables.paper_table(five())
+    paths = table.save(tmp_path, "t")
+    assert [p.name for p in paths] == ["t.csv", "t.tex", "t.html"]
+    rows = list(csv.reader(paths[0].open(encoding="utf-8")))
+    assert rows[0] == list(table.header) and [tuple(r) for r in rows[1:]] == list(table.rows)
+    tex = paths[1].read_text(encoding="utf-8")
+    lines = [line for line in tex.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == len(table.rows) + 1
+    assert {line.count("&") for line in lines} == {len(table.header) - 1}
+    assert r"\toprule" in tex and "∞" not in tex and r"$\infty$" in tex
+    assert paths[2].read_text(encoding="utf-8").count("<tr>") == len(table.rows) + 1
+
+
+def test_latex_escapes_what_it_must():
+    table = tables.Table("t", ("a & b", "50 %"), (("x_y", "#1"),))
+    assert r"a \& b & 50 \% \\" in table.latex() and r"x\_y & \#1 \\" in table.latex()

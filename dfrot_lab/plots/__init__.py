@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from dfrot_lab import files, results
 from dfrot_lab.plots import style
+from dfrot_lab.plots.gammas import gamma_sweep, gamma_sweep_w4a4
 from dfrot_lab.plots.invariance import (
     logit_errors,
     magnitude_surfaces,
@@ -21,10 +22,22 @@ from dfrot_lab.plots.invariance import (
     top_activations,
 )
 from dfrot_lab.plots.kept_tokens import exempted_tokens, massive_tokens_fp16
+from dfrot_lab.plots.paper_tables import calibration_ablation, tables_by_bits
+from dfrot_lab.plots.questions import (
+    begin_of_sequence,
+    clipping,
+    column_cosines,
+    corpus_transfer,
+    error_by_site,
+    recollected,
+    refined_surfaces,
+    slips,
+    static_steps,
+    task_loss,
+)
 from dfrot_lab.plots.refined import (
     dfrot_perplexity,
     dfrot_scatter,
-    gamma_sweep,
     loss_curves,
     massive_token,
     rotation_distance,
@@ -42,17 +55,24 @@ __all__ = [
     "FIGURES",
     "FigureSpec",
     "PlotError",
+    "begin_of_sequence",
+    "calibration_ablation",
     "caption",
+    "clipping",
+    "column_cosines",
+    "corpus_transfer",
     "dfrot_perplexity",
     "dfrot_scatter",
     "draw",
     "draw_notebook",
     "error_bars_3d",
     "error_by_layer",
+    "error_by_site",
     "error_quantiles",
     "error_scatter",
     "exempted_tokens",
     "gamma_sweep",
+    "gamma_sweep_w4a4",
     "logit_errors",
     "loss_curves",
     "magnitude_surfaces",
@@ -60,9 +80,15 @@ __all__ = [
     "massive_tokens_fp16",
     "outliers_by_layer",
     "ratio_by_kurtosis",
+    "recollected",
     "redraw",
+    "refined_surfaces",
     "rotation_distance",
     "save",
+    "slips",
+    "static_steps",
+    "tables_by_bits",
+    "task_loss",
     "top_activations",
 ]
 

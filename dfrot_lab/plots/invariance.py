@@ -81,8 +81,12 @@ def _surface_numbers(result: dict[str, Any]) -> dict[str, Any]:
 @figure(NOTEBOOK, _surface_numbers)
 def magnitude_surfaces(result: dict[str, Any]) -> Figure:
     """|x| by token and channel at one site under NR, RO and RH, on one scale."""
-    found = result["surfaces"]
-    heights = {n: array(found[n]) for n in ROTATIONS}
+    return surface_row(result["surfaces"], ROTATIONS)
+
+
+def surface_row(found: dict[str, Any], names: tuple[str, ...]) -> Figure:
+    """Three surfaces of |x| on one scale, by rotation; found: as `studies.invariance.surfaces`."""
+    heights = {n: array(found[n]) for n in names}
     top = max(float(h.max()) for h in heights.values())
     fig = style.new(PAGE, 2.15)
     fig.set_layout_engine("none")

@@ -241,3 +241,8 @@ def limits(values: Iterable[float], log: bool = False, margin: float = 0.06) -> 
     low, high = (np.log(v.min()), np.log(v.max())) if log else (v.min(), v.max())
     pad = margin * (high - low) or (0.7 if log else 0.1 * abs(high) or 1.0)
     return (math.exp(low - pad), math.exp(high + pad)) if log else (low - pad, high + pad)
+
+
+def wide(values: list[float]) -> bool:
+    finite = [v for v in values if math.isfinite(v) and v > 0]
+    return bool(finite) and max(finite) > 4 * min(finite)

@@ -51,17 +51,22 @@ def logit_errors(lab: Lab, dtype: str, seed: int = 0, tokens: int = 256) -> list
 
 
 def surfaces(
-    lab: Lab, site: str, seed: int = 0, tokens: int = 48, bins: int = 144
+    lab: Lab,
+    site: str,
+    seed: int = 0,
+    tokens: int = 48,
+    bins: int = 144,
+    names: tuple[str, ...] = ("NR", "RO", "RH"),
 ) -> dict[str, Any]:
-    """|x| by token × channel at `site`, the largest of each bin of channels: NR, RO, RH.
+    """|x| by token × channel at `site`, the largest of each bin of channels, under `names`.
 
     The first `tokens` rows of the calibration window.
     """
     x = lab.activations.site(site)[:tokens]
-    return {
-        name: rounded(_binned(lab.rotated(x, name, seed).abs(), bins), 4)
-        for name in ("NR", "RO", "RH")
-    } | {"site": site, "channels": x.shape[-1]}
+    return {name: rounded(_binned(lab.rotated(x, name, seed).abs(), bins), 4) for name in names} | {
+        "site": site,
+        "channels": x.shape[-1],
+    }
 
 
 def _binned(x: Tensor, bins: int) -> Tensor:

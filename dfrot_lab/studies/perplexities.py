@@ -34,12 +34,12 @@ def perplexities(
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean ± sd over seeds of the perplexity of each (rotation, keep, bits, gamma)."""
+    """Mean ± sd over seeds of the perplexity of each (rotation, keep, bits, gamma, method)."""
     groups: dict[tuple, list[float]] = {}
     for r in rows:
-        key = (r["rotation"], r["keep"], r["bits"], r["gamma"])
+        key = (r["rotation"], r["keep"], r["bits"], r["gamma"], r.get("method"))
         groups.setdefault(key, []).append(float(r["ppl"]))
-    names = ("rotation", "keep", "bits", "gamma")
+    names = ("rotation", "keep", "bits", "gamma", "method")
     return [dict(zip(names, key, strict=True)) | spread(v) for key, v in groups.items()]
 
 

@@ -1,0 +1,136 @@
+"""Perplexity against γ, for notebooks 04 (activations alone) and 05 (weights quantized as well)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dfrot_lab.plots import style
+from dfrot_lab.plots.style import COLOUR, COLUMN, LINE, MARKER, array, figure, number
+
+__all__ = ["gamma_sweep", "gamma_sweep_w4a4"]
+
+STARTS = ("RO", "RH")
+
+
+def _sweep(result: dict[str, Any], start: str) -> tuple[list[tuple[float, float]], float]:
+    """[(γ, perplexity)] in order of γ and the perplexity of the start itself."""
+    rows = [r for r in result["gamma"] if r["start"] == start]
+    plain = [float(array(r["ppl"])) for r in rows if r["gamma"] == "none"]
+    swept = sorted(
+        (float(r["gamma"]), float(array(r["ppl"]))) for r in rows if r["gamma"] != "none"
+    )
+    return swept, plain[0] if plain else math.nan
+
+
+def _gamma_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    told = []
+    for start in STARTS:
+        swept, plain = _sweep(result, start)
+        finite = [(p, g) for g, p in swept if math.isfinite(p)]
+        if finite:
+            best, gamma = min(finite)
+            sign = "∞" if math.isinf(gamma) else f"{gamma:g}"
+            told.append(f"from {start} {number(plain)} → {number(best)} at γ = {sign}")
+    return {"best": "; ".join(told) or "no finite perplexity"}
+
+
+@figure("04_dfrot", _gamma_numbers)
+def gamma_sweep(result: dict[str, Any]) -> Figure:
+    """Perplexity against γ from both starts, ∞ at the end of a broken axis."""
+    fig = style.new(COLUMN, 2.5)
+    ax = fig.add_subplot()
+    sweeps = {start: _sweep(result, start) for start in STARTS}
+    gammas = sorted({g for swept, _ in sweeps.values() for g, _ in swept if math.isfinite(g)})
+    positive = [g for g in gammas if g > 0] or [1.0]
+    step = (math.log10(positive[-1] / positive[0]) / max(len(positive) - 1, 1)) or 1.0
+    zero, end = math.log10(positive[0]) - step, math.log10(positive[-1]) + 1.3 * step
+
+    def place(g: float) -> float:
+        return end if math.isinf(g) else zero if g <= 0 else math.log10(g)
+
+    everything = []
+    for start, (swept, plain) in sweeps.items():
+        name, ink = f"DFRot({start})", COLOUR["DFRot"]
+        finite = [(place(g), p) for g, p in swept if math.isfinite(g)]
+        last = [(place(g), p) for g, p in swept if math.isinf(g)]
+        everything += [plain, *(p for _, p in swept)]
+        face = ink if start == "RH" else "white"
+        look = {"color": ink, "marker": MARKER[name], "mfc": face, "ms": 4}
+        ax.plot(*np.array(finite or [(np.nan, np.nan)]).T, ls=LINE[name], **look, label=name)
+        ax.plot(*np.array(last or [(np.nan, np.nan)]).T, ls="", **look)
+        if finite and last:
+            ends = np.array([finite[-1], last[-1]]).T
+            ax.plot(*ends, color=ink, ls=":", lw=0.8)
+        if math.isfinite(plain):
+            ax.axhline(
+                plain,
+                color=COLOUR[start],
+                lw=0.9,
+                ls=(0, (4, 2)),
+                label=f"{start} itself",
+                zorder=1,
+            )
+    log = style.wide(everything)
+    if log:
+        ax.set_yscale("log")
+    ax.set_ylim(*style.limits(everything, log=log, margin=0.08))
+    if log:
+        style.log_ticks(ax.yaxis, *ax.get_ylim())
+    _gamma_axis(
+        ax, gammas, place, end, any(math.isinf(g) for s, _ in sweeps.values() for g, _ in s)
+    )
+    ax.set_ylabel("perplexity")
+    hidden = [
+        f"{s}, γ = {g:g}"
+        for s, (swept, _) in sweeps.items()
+        for g, p in swept
+        if not math.isfinite(p)
+    ]
+    if hidden:
+        style.note(
+            ax,
+            "infinite: " + "; ".join(hidden).replace("inf", "∞"),
+            0.98,
+            0.97,
+            ha="right",
+            va="top",
+        )
+    fig.legend(loc="outside upper center", ncols=2)
+    return fig
+
+
+def _gamma_axis(ax: Axes, gammas: list[float], place: Any, end: float, infinite: bool) -> None:
+    """Ticks at the γ measured; before ∞ two strokes break the axis."""
+    ticks = (
+        gammas if len(gammas) <= 7 else [g for g in gammas if g <= 0 or math.log10(g) % 1 < 1e-9]
+    )
+    names = [f"{g:g}" for g in ticks]
+    places = [place(g) for g in ticks]
+    if infinite:
+        places.append(end)
+        names.append("∞")
+    ax.set_xticks(places, names)
+    low = min([place(g) for g in gammas] or [0.0])
+    pad = 0.06 * (end - low or 1)
+    right = end if infinite else max([place(g) for g in gammas] or [1.0])
+    ax.set_xlim(low - pad, right + pad)
+    ax.set_xlabel("γ")
+    if infinite and gammas:
+        gap = (end + place(gammas[-1])) / 2
+        look = {"clip_on": False, "transform": ax.get_xaxis_transform(), "zorder": 10}
+        ax.plot([gap], [0], marker="s", ms=5, mfc="white", mec="none", ls="", **look)
+        for dx in (-0.012, 0.012):
+            x = gap + dx * (right - low)
+            slant = 0.01 * (right - low)
+            ax.plot([x - slant, x + slant], [-0.02, 0.02], color=COLOUR["ink"], lw=0.7, **look)
+
+
+@figure("05_tables", _gamma_numbers)
+def gamma_sweep_w4a4(result: dict[str, Any]) -> Figure:
+    """As `gamma_sweep`, with quantized weights."""
+    return gamma_sweep(result)
