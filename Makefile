@@ -11,8 +11,8 @@ BIN := .venv/bin
 figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
 	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES)
 
-tables: .venv/.ready  ## the paper's tables with quantized weights and KV cache (notebook 05), an hour
-	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES) --only 05
+tables: .venv/.ready  ## notebooks 05 and 06: the tables of the paper, and what its reviewers asked
+	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES) --only 05 --only 06
 
 redraw: .venv/.ready  ## draw every figure again from its result, in seconds
 	$(BIN)/dfrot-lab redraw $(HOME_OF)

@@ -37,6 +37,7 @@ from dfrot_lab.quantizers import QuantSpec
 __all__ = ["Artefacts", "LabError", "parse_rotation", "rotation_stem"]
 
 MODEL_CODE = (
+    "dfrot_lab.architectures",
     "dfrot_lab.models",
     "dfrot_lab.activations",
     "dfrot_lab.corpora",

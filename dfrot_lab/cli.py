@@ -184,6 +184,21 @@ def optimize(
 
 
 @app.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--rotation", required=True, help="R1 as .safetensors, from `optimize`.")
+@click.option("--r2/--no-r2", default=True, help="Also the Hadamard R2 of every head.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
+def merge(model: Path, rotation: str, r2: bool, out: Path) -> None:
+    """Merge R1 (and R2) into the safetensors checkpoint in folder MODEL, tensor by tensor."""
+    from dfrot_lab import checkpoints, rotations
+
+    r1 = rotations.load(rotation)[0]
+    size = checkpoints.head_dim(model) if r2 else None
+    both = rotations.Rotations(R1=r1, R2=rotations.random_hadamard(size) if size else None)
+    click.echo(checkpoints.merge(model, out, both))
+
+
+@app.command()
 @_profile
 @click.option("--cores", default="all", help="Number of cores, or 'all'.")
 @click.option("--memory", type=int, default=8000, help="MiB that all jobs together may use.")
@@ -197,6 +212,15 @@ def batch(profile: str, cores: str, memory: int, only: tuple[str, ...]) -> None:
     root = project_root()
     names = [notebooks.find(name, root).stem for name in only]
     raise SystemExit(batches.run(profile, root, cores, memory, names))
+
+
+@app.command()
+@_profile
+def plan(profile: str) -> None:
+    """Say what `make figures` of a profile will take in memory, disk and time; runs nothing."""
+    from dfrot_lab import plans
+
+    click.echo("\n".join(plans.plan(profile).lines()))
 
 
 @app.command()
@@ -221,7 +245,9 @@ def publish(folder: Path, to: Path) -> None:
     for source in sources:
         target = to / source.parent.name
         target.mkdir(parents=True, exist_ok=True)
-        for file in [source, source.with_name("provenance.json"), *source.parent.glob("figures/*")]:
+        tables = [p for p in source.parent.glob("tables_*") if p.is_file()]
+        figures = source.parent.glob("figures/*")
+        for file in [source, source.with_name("provenance.json"), *figures, *tables]:
             shutil.copyfile(file, target / file.name)
         click.echo(target)
 

@@ -54,7 +54,7 @@ def parameters(notebook: Path) -> dict[str, tuple[str, Any]]:
     for node in ast.parse("".join(cells[0]["source"])).body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             raise NotebookError(f"{notebook}: each parameter must read `name: type = value`")
-        kind = ast.unparse(node.annotation).split("[")[0]
+        kind = ast.unparse(node.annotation)
         # float("inf") is the one default that is no literal
         text = ast.unparse(node.value).replace("float('inf')", "1e999")
         found[node.target.id] = (kind, ast.literal_eval(text))
@@ -63,6 +63,7 @@ def parameters(notebook: Path) -> dict[str, tuple[str, Any]]:
 
 def typed(name: str, value: Any, kind: str) -> Any:
     """`value` (text from a command line, or YAML) as the parameter's type; NotebookError if it is not."""
+    kind, _, inner = kind.partition("[")
     wanted = _TYPES.get(kind)
     if isinstance(value, str) and wanted is not str:
         try:
@@ -75,6 +76,8 @@ def typed(name: str, value: Any, kind: str) -> Any:
         not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)
     ):
         raise NotebookError(f"parameter {name} = {value!r} is not of type {kind}")
+    if wanted is list and inner:
+        return [typed(f"{name}[{i}]", v, inner.rstrip("]")) for i, v in enumerate(value)]
     return value
 
 

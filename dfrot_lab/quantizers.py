@@ -71,7 +71,7 @@ def search_step(
     if steps == 0:
         return step(rows, alone)
     flat = rows.reshape(-1, rows.shape[-1])
-    found = [_searched(part, alone, steps, norm, low) for part in flat.split(64)]
+    found = [_searched(part, alone, steps, norm, low) for part in flat.split(128)]
     scale, zero = (
         torch.cat(parts).reshape(*rows.shape[:-1], 1) for parts in zip(*found, strict=True)
     )

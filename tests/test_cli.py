@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dfrot_lab import rotations
+from dfrot_lab import models, rotations
 from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,9 @@ def smoke(tmp_path):
 def test_help_lists_every_command():
     done = invoke("--help")
     assert done.exit_code == 0
-    for command in ("assets", "batch", "collect", "optimize", "publish", "redraw", "run"):
+    for command in (
+        "assets", "batch", "collect", "merge", "optimize", "plan", "publish", "redraw", "run",
+    ):  # fmt: skip
         assert command in done.output
 
 
@@ -72,6 +74,25 @@ def test_errors_are_one_line(arguments, message, smoke, tmp_path):
     error = [line for line in done.output.splitlines() if line.startswith("Error: ")]
     assert len(error) == 1 and message in error[0]
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("r2", [True, False])
+def test_merge_writes_a_checkpoint(tmp_path, r2):
+    models.tiny("mistral").save_pretrained(tmp_path / "model")
+    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), {})
+    options = ("--rotation", tmp_path / "R1.safetensors", "--out", tmp_path / "merged")
+    done = invoke("merge", tmp_path / "model", *options, "--r2" if r2 else "--no-r2")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dfrot_merged"] == ["gains", "R1", "R2"][: 2 + r2]
+    again = invoke("merge", tmp_path / "model", *options)
+    assert again.exit_code == 1 and "exists: choose another folder" in again.output
+
+
+def test_plan_says_memory_disk_and_time():
+    done = invoke("plan", "--profile", "smoke")
+    assert done.exit_code == 0, done.output
+    assert all(word in done.output for word in ("memory", "disk", "04_dfrot", "in all"))
 
 
 def test_a_missing_asset_names_the_command(monkeypatch, tmp_path):

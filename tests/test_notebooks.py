@@ -71,6 +71,7 @@ def test_runs_from_the_notebooks_folder(tmp_path):
         (("-p", "windows", "true"), "windows = True is not of type int"),
         (("-p", "seeds", "7"), "seeds = 7 is not of type list"),
         (("--profile", "huge"), "profile 'huge' is unknown"),
+        (("-p", "seeds", "[0, x]"), "parameter seeds[1] = 'x' is not of type int"),
     ],
 )
 def test_bad_parameters_are_one_line_and_nothing_runs(arguments, message, tmp_path):

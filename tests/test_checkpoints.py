@@ -1,0 +1,122 @@
+"""Shards merged one tensor at a time, against the model merged in memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import haar, logits, random_tokens, relative
+
+from dfrot_lab import checkpoints, models, rotations
+from dfrot_lab.models import ModelError
+from dfrot_lab.rotations import RotationError, Rotations
+
+BOTH = Rotations(R1=haar(64, 1), R2=haar(16, 2))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(kind="llama", shard="1GB", dtype=torch.float32, **options):
+        model = models.tiny(kind, **options).to(dtype)
+        model.save_pretrained(tmp_path / "source", max_shard_size=shard)
+        return model, tmp_path / "source"
+
+    return save
+
+
+@pytest.mark.parametrize("kind", models.ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard", ["1GB", "60KB"])
+def test_a_merged_checkpoint_computes_the_same(saved, tmp_path, kind, tied, shard):
+    biases = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
+    model, source = saved(kind, shard, tied=tied, **biases)
+    found = checkpoints.merge(source, tmp_path / "out", BOTH)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32)
+    assert relative(logits(plain, random_tokens()), logits(model, random_tokens())) < 1e-4
+    # and to the model that was merged in memory, weight by weight
+    memory = rotations.merge(models.fold_gains(model), BOTH).state_dict()
+    ours = plain.state_dict()
+    assert set(ours) == set(memory)
+    for name, w in memory.items():
+        torch.testing.assert_close(ours[name], w, rtol=1e-4, atol=1e-5 * w.abs().max().item())
+    assert plain.config.dfrot_merged == ["gains", "R1", "R2"]
+    assert len(list(found.glob("*.safetensors"))) == len(list(source.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_and_shapes_stay(saved, tmp_path, dtype):
+    _, source = saved(dtype=dtype, tied=False)
+    found = checkpoints.merge(source, tmp_path / "out", BOTH)
+    assert checkpoints.shapes(found) == checkpoints.shapes(source)
+
+
+def test_blocks_cut_as_they_may(saved, tmp_path, monkeypatch):
+    _, source = saved()
+    whole = checkpoints.merge(source, tmp_path / "whole", BOTH)
+    monkeypatch.setattr(checkpoints, "ROWS", 7)
+    cut = checkpoints.merge(source, tmp_path / "cut", BOTH)
+    a, b = (transformers.AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (whole, cut))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_gains_are_folded_without_a_rotation(saved, tmp_path):
+    model, source = saved("qwen2")
+    found = checkpoints.merge(source, tmp_path / "out", Rotations())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(found)
+    for name, w in models.fold_gains(model).state_dict().items():
+        torch.testing.assert_close(plain.state_dict()[name], w, rtol=1e-6, atol=1e-7)
+
+
+def test_refusals_leave_nothing(saved, tmp_path):
+    _, source = saved()
+    merged = checkpoints.merge(source, tmp_path / "merged", Rotations(R1=haar(64, 1)))
+    cases = [
+        (merged, Rotations(R1=haar(64, 1)), RotationError, r"\['R1'\] already merged into"),
+        (source, Rotations(R4=True), RotationError, "R4 acts in the running model"),
+        (source, Rotations(heads=True), RotationError, "heads acts in the running model"),
+        (source, Rotations(R1=haar(32)), RotationError, r"R1 is \[32, 32\]"),
+        (source, Rotations(R2=haar(64)), RotationError, r"R2 is \[64, 64\]"),
+        (tmp_path, BOTH, ModelError, "no checkpoint folder"),
+    ]
+    for folder, rotation, kind, said in cases:
+        with pytest.raises(kind, match=said):
+            checkpoints.merge(folder, tmp_path / "out", rotation)
+    with pytest.raises(ModelError, match="exists: choose another folder"):
+        checkpoints.merge(source, merged, BOTH)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
+    with pytest.raises(ModelError, match="'gemma2' cannot be rotated"):
+        checkpoints.merge(source, tmp_path / "out", BOTH)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_full_disk_is_told_before_and_leaves_nothing(saved, tmp_path, monkeypatch):
+    _, source = saved()
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="are needed"):
+        checkpoints.merge(source, tmp_path / "out", BOTH)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_shard_that_is_missing_is_named(saved, tmp_path):
+    _, source = saved(shard="60KB")
+    gone = sorted(source.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ModelError, match=gone.name):
+        checkpoints.merge(source, tmp_path / "out", BOTH)
+
+
+def test_interrupted_it_leaves_nothing(saved, tmp_path, monkeypatch):
+    _, source = saved()
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "_finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.merge(source, tmp_path / "out", BOTH)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
