@@ -93,8 +93,7 @@ rule notebook:
         f"{HOME}/{{notebook}}/notebook.ipynb",  # a log: Snakemake keeps it when the notebook fails
     wildcard_constraints:
         notebook="|".join(NOTEBOOKS),
-    # the first two draw and count more than they multiply: side by side they fill the cores
-    threads: lambda w: 1 if w.notebook[:2] in ("01", "02") else COMMON["threads"]
+    threads: COMMON["threads"]
     resources:
         mem_mb=lambda w: NOTEBOOKS[w.notebook][1],
     shell:

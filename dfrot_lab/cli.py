@@ -246,7 +246,7 @@ def publish(folder: Path, to: Path) -> None:
         target = to / source.parent.name
         target.mkdir(parents=True, exist_ok=True)
         tables = [p for p in source.parent.glob("tables_*") if p.is_file()]
-        figures = source.parent.glob("figures/*")
+        figures = source.parent.glob("figures/[!.]*")
         for file in [source, source.with_name("provenance.json"), *figures, *tables]:
             shutil.copyfile(file, target / file.name)
         click.echo(target)

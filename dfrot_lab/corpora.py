@@ -1,6 +1,6 @@
 """Text corpora, split into calibration and evaluation, and cut into windows of token ids."""
 
-__all__ = ["CORPORA", "SPLITS", "CorpusError", "fingerprint", "identity", "load", "text"]
+__all__ = ["CORPORA", "SPLITS", "CorpusError", "check", "fingerprint", "identity", "load", "text"]
 
 import contextlib
 import hashlib
@@ -120,6 +120,12 @@ def load(
     return tokens[starts[:, None] + torch.arange(seqlen)]
 
 
+def check(corpus: str) -> None:
+    """CorpusError, as `text` would raise it, for a name that is unknown or a file that cannot be split."""
+    if corpus not in CORPORA:
+        _half_of_file(corpus, "calibration")
+
+
 def identity(corpus: str) -> str:
     """What `corpus` names, for the keys of kept results: a text file's SHA-256, else the name."""
     path = Path(corpus)
@@ -159,8 +165,8 @@ def _half_of_file(corpus: str, split: str) -> str:
     paragraphs = [p.strip() for p in re.split(r"\n\s*\n", content) if p.strip()]
     if len(paragraphs) < 2:
         raise CorpusError(
-            f"corpus '{corpus}' has {len(paragraphs)} paragraphs, at least 2 needed to split it: "
-            "separate paragraphs by blank lines"
+            f"corpus '{corpus}' has {len(paragraphs)} paragraph{'s' * (not paragraphs)} where many are "
+            "needed, for calibration and evaluation: give a longer text, paragraphs separated by blank lines"
         )
     half, seen, cut = sum(map(len, paragraphs)) / 2, 0, 0
     while seen < half and cut < len(paragraphs) - 1:

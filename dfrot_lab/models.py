@@ -107,6 +107,9 @@ def _transformers():
         import tqdm.auto  # noqa: F401  (complains once, when first imported)
         import transformers
     transformers.utils.logging.disable_progress_bar()
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()  # a hub out of reach is told once, not at each retry
     return transformers
 
 

@@ -11,10 +11,13 @@ from typing import Any
 import yaml
 
 from dfrot_lab import profiles
-from dfrot_lab.files import read_json
+from dfrot_lab.files import atomic, read_json
 
 __all__ = ["NotebookError", "find", "parameters", "run", "typed"]
 
+# errors that say what, which value and what to do; their class adds nothing
+_OURS = {"ActivationsError", "AssetError", "CorpusError", "GPTQError", "KVError", "LabError"}
+_OURS |= {"ModelError", "PlotError", "ResultError", "RotationError"}
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
 
@@ -93,6 +96,10 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
         every = {p.stem: set(parameters(p)) for p in sorted(notebook.parent.glob("[0-9]*.ipynb"))}
         profiles.check(profile, every | {notebook.stem: set(known)})
     values = profiles.notebook_parameters(profile, notebook.stem, set(known)) if profile else {}
+    if "corpus" in given:
+        from dfrot_lab import corpora
+
+        corpora.check(str(given["corpus"]))
     for name in ("model", "corpus"):  # the kernel starts elsewhere
         if isinstance(given.get(name), str) and Path(given[name]).exists():
             given = given | {name: str(Path(given[name]).resolve())}
@@ -118,9 +125,11 @@ class _Lines:
 def run(notebook: Path, values: dict[str, Any], output: Path, root: Path) -> Path:
     """Execute `notebook` with `values`, kernel in `root`; returns the executed notebook's path.
 
-    The executed notebook grows cell by cell and stays, with its traceback, when a cell fails; then
-    NotebookError names the cell's last line and the file.
+    It grows cell by cell as NAME.failed.ipynb beside `output` and takes its place when it is through,
+    without its progress bars; when a cell fails it stays, with its traceback, an earlier `output` is left
+    alone, and NotebookError names the error and the file.
     """
+    import nbformat
     import papermill
     from jupyter_client.manager import KernelManager
     from papermill.exceptions import PapermillExecutionError
@@ -131,12 +140,21 @@ def run(notebook: Path, values: dict[str, Any], output: Path, root: Path) -> Pat
     os.environ.setdefault("TQDM_MININTERVAL", "10")
     output.parent.mkdir(parents=True, exist_ok=True)
     stream = _Lines(notebook.stem.split("_")[0])
+    growing = output.with_name(f"{output.stem}.failed.ipynb")
     try:
         papermill.execute_notebook(
-            str(notebook), str(output), parameters=values, cwd=str(root), kernel_name="python3",
+            str(notebook), str(growing), parameters=values, cwd=str(root), kernel_name="python3",
             progress_bar=False, stdout_file=stream, stderr_file=stream,
         )  # fmt: skip
     except PapermillExecutionError as error:
-        what = f"{error.ename}: {error.evalue}".splitlines()[0]
-        raise NotebookError(f"{notebook.stem} failed: {what} (traceback in {output})") from error
+        ours = error.ename in _OURS
+        what = (error.evalue if ours else f"{error.ename}: {error.evalue}").splitlines()[0]
+        raise NotebookError(f"{notebook.stem} failed: {what} (traceback in {growing})") from error
+    done = nbformat.read(growing, 4)
+    for cell in done.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    with atomic(output) as partial:
+        nbformat.write(done, partial)
+    growing.unlink()
     return output

@@ -210,7 +210,7 @@ def test_unknown_names_list_the_known_ones():
 def test_unsplittable_and_undecodable_files(tmp_path):
     file = tmp_path / "one.txt"
     file.write_text("one paragraph\nand no more")
-    with pytest.raises(CorpusError, match="has 1 paragraphs, at least 2 needed"):
+    with pytest.raises(CorpusError, match="has 1 paragraph where many are needed"):
         corpora.text(str(file), "evaluation")
     file.write_bytes(b"\xff\xfe\n\n\xff")
     with pytest.raises(CorpusError, match=r"cannot read corpus .*: save it as UTF-8"):

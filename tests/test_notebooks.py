@@ -38,6 +38,9 @@ def test_runs_end_to_end(name, folder):
     provenance = json.loads((folder / name / "provenance.json").read_text())
     assert provenance["parameters"] == result["parameters"]
     assert "folder" not in result["parameters"]
+    executed = nbformat.read(folder / name / "notebook.ipynb", 4)
+    streams = [o.name for c in executed.cells for o in c.get("outputs", []) if "name" in o]
+    assert "stderr" not in streams and not list((folder / name).glob("*.failed.ipynb"))
     figures = sorted(p.suffix for p in (folder / name / "figures").iterdir())
     assert figures.count(".pdf") == figures.count(".png") == figures.count(".md") >= 1
 
@@ -71,6 +74,7 @@ def test_runs_from_the_notebooks_folder(tmp_path):
         (("-p", "windows", "true"), "windows = True is not of type int"),
         (("-p", "seeds", "7"), "seeds = 7 is not of type list"),
         (("--profile", "huge"), "profile 'huge' is unknown"),
+        (("-p", "corpus", "/nowhere.txt"), "unknown corpus '/nowhere.txt'"),
         (("-p", "seeds", "[0, x]"), "parameter seeds[1] = 'x' is not of type int"),
     ],
 )
@@ -94,10 +98,11 @@ def test_a_failing_notebook_is_kept_and_named(tmp_path):
     )
     assert done.returncode != 0
     assert "site 'layers.77.mlp' is unknown" in done.stderr
-    executed = tmp_path / "02_ro_vs_rh_error" / "notebook.ipynb"
+    executed = tmp_path / "02_ro_vs_rh_error" / "notebook.failed.ipynb"
     assert str(executed) in done.stderr
     assert "layers.77.mlp" in executed.read_text()
-    assert not (executed.parent / "result.json").exists()
+    assert sorted(p.name for p in executed.parent.iterdir()) == [executed.name]
+    assert "LabError" not in done.stderr and "ActivationsError" not in done.stderr
 
 
 def test_too_short_a_corpus_is_refused(tmp_path):

@@ -240,7 +240,9 @@ def _hero_labels(ax: Axes, mean: dict[tuple[str, str], dict[str, float]], log: b
         )
         for name, spot in zip(there, spots, strict=True):
             left = keep == "none"
-            text = f"{style.label(name)}  {number(mean[name, keep]['mean'], 1)}"
+            few = name == "RH2" and mean[name, keep]["n"] < mean.get(("RO", keep), {"n": 0})["n"]
+            seeds = f" ({style.count(int(mean[name, keep]['n']), 'seed')})" if few else ""
+            text = f"{style.label(name)}{seeds}  {number(mean[name, keep]['mean'], 1)}"
             ax.annotate(
                 text, (place + (-0.08 if left else 0.12), float(back(spot))), va="center",
                 ha="right" if left else "left", color=COLOUR[name], weight="bold",

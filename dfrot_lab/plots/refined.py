@@ -187,7 +187,9 @@ def _perplexity_numbers(result: dict[str, Any]) -> dict[str, Any]:
     seeds = {
         r["seed"] for r in result["rows"] if r["rotation"] in (*STARTS, "DFRot(RO)", "DFRot(RH)")
     }
+    windows = {r["bits"]: r["windows"] for r in result["rows"] if r["rotation"] != "FP"}
     return {
+        "windows": ", ".join(f"{style.count(n, 'window')} at {b}" for b, n in windows.items()),
         "means": "; ".join(told) or "nothing to compare",
         "seeds": style.count(len(seeds), "seed"),
     }
