@@ -92,7 +92,9 @@ def _hero_numbers(result: dict[str, Any]) -> dict[str, Any]:
     kept = {r["rotation"]: r for r in result["exempted"]}
     share = 100 * float(array(kept.get("RO", {}).get("share")))
     rows = [r for r in result["rows"] if r["rotation"] == "RO" and r["keep"] == "none"]
+    few = int(mean.get(("RH2", "none"), {"n": 0})["n"])
     return cells | {
+        "RH2_seeds": style.count(few, "seed"),
         "closed": _share(result),
         "gap": number(gaps["none"]),
         "left": number(gaps["massive"]),
@@ -240,9 +242,12 @@ def _hero_labels(ax: Axes, mean: dict[tuple[str, str], dict[str, float]], log: b
         )
         for name, spot in zip(there, spots, strict=True):
             left = keep == "none"
-            few = name == "RH2" and mean[name, keep]["n"] < mean.get(("RO", keep), {"n": 0})["n"]
-            seeds = f" ({style.count(int(mean[name, keep]['n']), 'seed')})" if few else ""
-            text = f"{style.label(name)}{seeds}  {number(mean[name, keep]['mean'], 1)}"
+            cell, full = mean[name, keep], mean.get(("RO", keep), {"n": 0})["n"]
+            if name == "RH2" and cell["n"] < full:
+                ax.annotate(style.count(int(cell["n"]), "seed"), (place + 0.06, cell["mean"]), (6, 0),
+                            textcoords="offset points", va="center", fontsize=6.5,
+                            color=COLOUR[name])  # fmt: skip
+            text = f"{style.label(name)}  {number(cell['mean'], 1)}"
             ax.annotate(
                 text, (place + (-0.08 if left else 0.12), float(back(spot))), va="center",
                 ha="right" if left else "left", color=COLOUR[name], weight="bold",
