@@ -5,6 +5,7 @@ Its parts by role, and the folding of its gains, are `dfrot_lab.architectures`; 
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -51,6 +52,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "norm_sites",
+    "of_shape",
     "preserve_norm_dtype",
     "tiny",
 ]
@@ -73,10 +75,7 @@ def load(
     .gguf file. Raises ModelError for an unknown id, dtype or device, an unreachable hub or an
     unsupported family.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device = {device!r}: this torch sees no CUDA device, use 'cpu'")
+    _check(dtype, device)
     if model_id.startswith("tiny:"):
         model = tiny(model_id.removeprefix("tiny:"))
     else:
@@ -122,6 +121,24 @@ def load_tokenizer(model_id: str, *, revision: str | None = None):
     with _plain_errors(model_id):
         source, kwargs = _source(model_id, revision)
         return transformers.AutoTokenizer.from_pretrained(source, **kwargs)
+
+
+def of_shape(config, layers: int, *, dtype: str, device: str) -> nn.Module:
+    """A model of `config`'s shape with `layers` layers of random weights, gains folded; for timing."""
+    _check(dtype, device)
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[:layers]
+    model = _transformers().AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return fold_gains(model.to(device).eval().requires_grad_(False))
+
+
+def _check(dtype: str, device: str) -> None:
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device = {device!r}: this torch sees no CUDA device, use 'cpu'")
 
 
 def load_config(model_id: str, *, revision: str | None = None):

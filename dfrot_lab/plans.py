@@ -1,71 +1,41 @@
 """Plan: what a profile will take in memory, disk and time, said before anything is loaded.
 
-Counts are formulas of the model's configuration; seconds come from the speed of a matrix product and of
-an attention that are timed here for a second each, on the device that will be used.
+Bytes are formulas of the model's configuration. Seconds come from models of its shape with one and with
+two layers of random weights, run and built here as the notebooks would: what the second layer adds is
+what every layer takes.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from dfrot_lab import models, profiles
+from dfrot_lab import activations, dfrot, evaluation, models, profiles, quantized_model, rotations
+from dfrot_lab.quantizers import QuantSpec
+from dfrot_lab.rotations import Rotations
 
-__all__ = ["Plan", "Shape", "measure", "plan"]
+__all__ = ["Plan", "Speed", "measure", "plan", "weights"]
+
+BASE = 0.9e9  # bytes that Python, torch and transformers take before any model
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a decoder that its cost depends on."""
+class Speed:
+    """Seconds of one W16A4 window, one model built, one built with RTN weights, one R1 refined."""
 
-    layers: int
-    d: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    words: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Any) -> Shape:
-        """From a transformers configuration."""
-        head_dim = getattr(config, "head_dim", None)
-        return cls(
-            config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-            config.num_attention_heads, config.num_key_value_heads,
-            head_dim or config.hidden_size // config.num_attention_heads,
-            config.vocab_size, bool(config.tie_word_embeddings),
-        )  # fmt: skip
-
-    @property
-    def linears(self) -> int:
-        """Weights of the linears inside the layers."""
-        attention = 2 * self.d * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.d * self.inner)
-
-    @property
-    def weights(self) -> int:
-        """All weights, embedding and head untied as folding makes them."""
-        return self.linears + 2 * self.words * self.d
-
-    def forward(self, tokens: int) -> tuple[float, float]:
-        """(products, attention): floating-point operations of one window of `tokens`."""
-        products = 2.0 * tokens * (self.linears + self.words * self.d)
-        return products, 2.0 * tokens**2 * self.heads * self.head_dim * self.layers
-
-    def merging(self) -> float:
-        """Operations of merging R1: every weight that touches the stream times d."""
-        return 2.0 * self.d * self.weights
+    window: float
+    build: float
+    rtn: float
+    refine: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Expected bytes and seconds of each notebook of a profile; one window's seconds."""
+    """Expected bytes, seconds of a window and of each notebook of a profile."""
 
     memory: int
     disk: int
@@ -75,7 +45,7 @@ class Plan:
     def lines(self) -> list[str]:
         """For the terminal."""
         out = [
-            f"memory  {self.memory / 2**30:6.1f} GiB (the model twice, and one of its parts in fp32)",
+            f"memory  {self.memory / 2**30:6.1f} GiB at most (notebook 01, the model twice in fp64)",
             f"disk    {self.disk / 2**30:6.1f} GiB of artefacts, besides the model's own files",
             f"window  {self.window:6.1f} s",
         ]
@@ -83,73 +53,97 @@ class Plan:
         return [*out, f"{'in all':<26} {sum(self.notebooks.values()) / 60:7.1f} min"]
 
 
-def measure(device: str, dtype: str, shape: Shape, seqlen: int) -> tuple[float, float]:
-    """(products, attention): operations a second at this model's shapes; about two seconds."""
-    kind = {"device": device, "dtype": getattr(torch, dtype)}
-    x = torch.randn(seqlen, shape.d, **kind)
-    w = torch.randn(shape.inner, shape.d, **kind)
-    q = torch.randn(1, shape.heads, seqlen, shape.head_dim, **kind)
-    flops = 2.0 * seqlen * shape.d * shape.inner
-    causal = 2.0 * seqlen**2 * shape.heads * shape.head_dim
-    attend = lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)  # noqa: E731
-    return _speed(lambda: F.linear(x, w), flops, device), _speed(attend, causal, device)
+def weights(config: Any) -> int:
+    """Entries of all matrices, embedding and head untied as folding makes them."""
+    d, inner = config.hidden_size, config.intermediate_size
+    size = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    attention = 2 * d * size * (config.num_attention_heads + config.num_key_value_heads)
+    return config.num_hidden_layers * (attention + 3 * d * inner) + 2 * config.vocab_size * d
 
 
-def _speed(call: Any, flops: float, device: str) -> float:
-    def synced() -> None:
-        call()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-
-    synced()
-    runs, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 1 or runs < 3:
-        synced()
-        runs += 1
-    return flops * runs / (time.perf_counter() - start)
+def measure(config: Any, common: dict[str, Any]) -> Speed:
+    """Time one and two layers of `config`'s shape as the profile's `common` asks; of two runs the second."""
+    where = common["device"], common["dtype"], common["seqlen"], common["clip_steps"]
+    found = [_timed(config, layers, *where) for layers in (1, 2)]
+    more = config.num_hidden_layers - 1
+    times = (one + more * max(two - one, 0) for one, two in zip(*found, strict=True))
+    used = _rows(config, common) * common["rows"]
+    return Speed(
+        *times, _refining(config.hidden_size, used, common["iterations"], common["device"])
+    )
 
 
-# measured on the demo model: norms, activations, quantizers and the softmax of the head take so much
-# more than the products and the attention; so do the loss and its bookkeeping in the optimiser
-OVERHEAD, OPTIMISER = 1.35, 1.3
+def _rows(config: Any, common: dict[str, Any]) -> int:
+    """Rows of calibration activations."""
+    return 2 * config.num_hidden_layers * common["calibration"] * common["seqlen"]
 
 
-def plan(profile: str, config: Any = None, speed: tuple[float, float] | None = None) -> Plan:
-    """What `profile` will take; config: of its model (looked up when None); speed: as `measure`.
+def _timed(
+    config: Any, layers: int, device: str, dtype: str, seqlen: int, clip_steps: int
+) -> tuple[float, float, float]:
+    """Seconds of a W16A4 window, of building that model, and of building it with RTN weights."""
+    model = models.of_shape(config, layers, dtype=dtype, device=device)
+    rotation = Rotations.standard(model, rotations.random_hadamard(config.hidden_size, 0))
+    window = torch.arange(seqlen) % config.vocab_size
+    spec = quantized_model.ModelSpec.of("16-4-16")
+    rtn = quantized_model.ModelSpec.of("4-4-16", clip_steps=clip_steps)
+
+    def build(spec: quantized_model.ModelSpec) -> torch.nn.Module:
+        return quantized_model.build(model, rotation, spec)
+
+    built = build(spec)
+    calls = (lambda: evaluation.window_nll(built, window), lambda: build(spec), lambda: build(rtn))
+    return tuple(_seconds(call, device) for call in calls)
+
+
+def _seconds(call: Callable, device: str) -> float:
+    call()
+    start = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _refining(d: int, rows: float, iterations: int, device: str) -> float:
+    """Seconds of one refinement: two steps on 2048 rows are timed, products and SVD apart."""
+    x = activations.Activations.of(torch.randn(2048, d))
+    r = rotations.random_hadamard(d, 0).to(device)
+    weights = [torch.ones(2048, dtype=torch.float64)]
+    chunk = _seconds(lambda: dfrot._accumulate(x, r, weights, QuantSpec(), torch.float32), device)
+    svd = _seconds(lambda: dfrot.polar(r), device)
+    return iterations * (rows / 2048 * chunk + svd)
+
+
+def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
+    """What notebooks 01 to 04 of `profile` will take; None: looked up, and measured.
 
     Raises ModelError for a model that cannot be looked up, ProfileError for a profile that is none.
     """
     content = profiles.load(profile)
-    common, own = content["common"], content["notebooks"]
-    shape = Shape.of(config or models.load_config(common["model"]))
+    common = content["common"]
+    config = config or models.load_config(common["model"])
     torch.set_num_threads(common["threads"])
-    speed = speed or measure(common["device"], common["dtype"], shape, common["seqlen"])
-    products, attention = shape.forward(common["seqlen"])
-    window = OVERHEAD * (products / speed[0] + attention / speed[1])
-    build = shape.merging() / speed[0] + 2 * shape.weights * 4 / 4e9  # and copies at 4 GB/s
-    rows = 2 * shape.layers * common["calibration"] * common["seqlen"]
-    step = 4.0 * rows * common["rows"] * shape.d**2 / speed[0]
-    svd = 40.0 * shape.d**3 / (speed[0] / 4)  # in fp64
-    refine = OPTIMISER * common["iterations"] * (step + svd)
+    t = speed or measure(config, common)
     seeds = len(common["seeds"])
-    third, fourth = own.get("03_massive_tokens_fp16", {}), own.get("04_dfrot", {})
-    w3, side3, n3 = third["windows"], third["side_windows"], third["side_seeds"]
-    w4, side4 = fourth["windows"], fourth["side_windows"]
-    closing = 2 * fourth["final_seeds"]
-    swept = 2 * sum(g != common["gamma"] for g in fourth["gammas"])
-    clip = (1 + common["clip_steps"]) * 8 * shape.linears * 4 / 4e9  # passes through memory
+    three, four = (content["notebooks"][n] for n in ("03_massive_tokens_fp16", "04_dfrot"))
+    closing = 2 * four["final_seeds"]
+    swept = 2 * sum(g != common["gamma"] for g in four["gammas"])
+    windows3 = (3 + 4 * seeds) * three["windows"]  # FP, NR twice; RO and RH twice a seed
+    windows3 += three["side_seeds"] * (three["windows"] + three["side_windows"])
+    windows4 = 2 * seeds * four["windows"] + swept * four["side_windows"]
+    windows4 += closing * four["final_windows"]
     notebooks = {
-        "activations, rotations": common["calibration"] * window + 2 * seeds * refine,
-        "01_rotation_invariance": 2 * window + 8 * build,
-        "02_ro_vs_rh_error": window + 60.0 * rows * shape.d * 4 / 4e9,
-        "03_massive_tokens_fp16": window * (3 * w3 + 4 * seeds * w3 + n3 * (w3 + side3))
-        + build * (1 + 2 * seeds + 2 * n3),
-        "04_dfrot": window * (2 * seeds * w4 + swept * side4 + closing * fourth["final_windows"])
-        + build * (2 * seeds + swept + closing)
-        + swept * refine
-        + closing * clip,
+        "activations, rotations": common["calibration"] * t.window + 2 * seeds * t.refine,
+        "01_rotation_invariance": 2 * t.window + 10 * t.build,
+        "02_ro_vs_rh_error": t.window,
+        "03_massive_tokens_fp16": windows3 * t.window
+        + (1 + 2 * seeds + 2 * three["side_seeds"]) * t.build,
+        "04_dfrot": windows4 * t.window
+        + (2 * seeds + swept) * t.build
+        + closing * t.rtn
+        + swept * t.refine,
     }
-    bytes_ = {"float64": 8, "float32": 4}.get(common["dtype"], 2)
-    memory = 2 * bytes_ * shape.weights + 4 * shape.words * shape.d + 400 * 2**20
-    disk = 4 * rows * shape.d + 8 * shape.d**2 * (2 * seeds + swept)
-    return Plan(int(memory), int(disk), window, notebooks)
+    d = config.hidden_size
+    disk = 4 * _rows(config, common) * d + 8 * d**2 * (2 * seeds + swept)
+    return Plan(int(BASE + 16 * weights(config)), disk, t.window, notebooks)

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from dfrot_lab import models, plans, profiles
 
-SPEED = (1e11, 5e10)
+SPEED = plans.Speed(window=8.0, build=3.0, rtn=10.0, refine=11.0)
 
 
 @pytest.mark.parametrize("kind", models.ARCHITECTURES)
 def test_weights_are_counted(kind):
     model = models.fold_gains(models.tiny(kind, head_dim=24))
-    shape = plans.Shape.of(model.config)
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    assert shape.weights == matrices
+    assert plans.weights(model.config) == matrices
 
 
-def test_a_forward_is_two_operations_a_weight_and_token():
-    shape = plans.Shape(2, 64, 96, 4, 2, 16, 384, True)
-    products, attention = shape.forward(10)
-    assert products == 2 * 10 * (shape.linears + 384 * 64)
-    assert attention == 2 * 100 * 64 * 2  # q kᵀ and p v, half of each masked
+@pytest.mark.parametrize("kind", models.ARCHITECTURES)
+def test_a_model_of_the_shape_is_the_model_but_for_its_layers(kind):
+    config = models.tiny(kind, head_dim=24).config
+    found = models.of_shape(config, 1, dtype="float32", device="cpu")
+    assert found.config.num_hidden_layers == 1 and config.num_hidden_layers == 2
+    sizes = {n: p.shape for n, p in models.tiny(kind, head_dim=24, layers=1).named_parameters()}
+    assert sizes.items() <= {n: p.shape for n, p in found.named_parameters()}.items()
+    assert models.is_folded(found)
+
+
+def test_layers_are_extrapolated_from_what_the_second_adds(monkeypatch):
+    monkeypatch.setattr(plans, "_timed", lambda c, layers, *_: (1 + layers, 2 * layers, 5))
+    monkeypatch.setattr(plans, "_refining", lambda d, rows, iterations, device: rows)
+    config = models.tiny("llama", layers=7).config
+    common = profiles.load("smoke")["common"] | {"seqlen": 10, "calibration": 3, "rows": 0.5}
+    assert plans.measure(config, common) == plans.Speed(8, 14, 5, 2 * 7 * 10 * 3 * 0.5)
 
 
 @pytest.mark.parametrize("profile", profiles.names())
@@ -52,6 +64,5 @@ def test_more_windows_seeds_and_slower_machines_take_longer(tmp_path):
     assert total(common={"seeds": [0, 1, 2, 3]}) > plain
     assert total(**{"03_massive_tokens_fp16": {"windows": 8}}) > plain
     assert total(**{"04_dfrot": {"windows": 8}}) > plain
-    assert total(common={"iterations": 100}) > plain
-    assert total(speed=(SPEED[0] / 2, SPEED[1])) > plain
-    assert total(speed=(SPEED[0], SPEED[1] / 2)) > plain
+    for part in ("window", "build", "rtn", "refine"):
+        assert total(speed=replace(SPEED, **{part: 20.0})) > plain
