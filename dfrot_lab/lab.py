@@ -35,6 +35,7 @@ _CODE = (
     "dfrot_lab.artefacts",
     "dfrot_lab.lab",
     "dfrot_lab.quantizers",
+    "dfrot_lab.linears",
     "dfrot_lab.quantized_model",
     "dfrot_lab.evaluation",
 )
@@ -65,12 +66,13 @@ class Lab(Artefacts):
         method: of the weights, where `bits` quantizes them: "rtn", "gptq" as published, or "gptq-shared",
         from one set of floating-point Hessians. activations: per, group_size, clip of `ModelSpec.of`.
         kept: [window, position, token, sites] of each token that bypassed quantization somewhere.
-        name "FP": the floating-point model. Kept in `folder`/measurements.
+        name "FP": the floating-point model. Kept in `folder`/measurements, window by window: more of
+        them are added to those that are there, and fewer are the first of them.
         """
         file = name.endswith(".safetensors")
         if name != "FP" and not file:
             parse_rotation(name)
-        row = {"rotation": name, "seed": seed, "bits": bits, "keep": keep, "windows": windows}
+        row = {"rotation": name, "seed": seed, "bits": bits, "keep": keep}
         row |= {"gamma": str(float(gamma)) if name.startswith("DFRot") else None}
         spec = self._spec(bits, keep, method, activations)
         row |= {"method": method if spec.weights else None} | activations
@@ -86,12 +88,15 @@ class Lab(Artefacts):
         key = self._key(options, _CODE)
         path = Path(self.folder) / "measurements" / f"{key[:24]}.json"
         with self._locked(path):
-            if not path.exists():
-                files.write_json(
-                    path, row | self._measure(name, seed, spec, method, windows, gamma)
-                )
-            found = files.read_json(path)
-        return found | {"ppl": float(found["ppl"]), "nll": [float(v) for v in found["nll"]]}
+            found = files.read_json(path) if path.exists() else {"nll": [], "kept": []}
+            if len(found["nll"]) < windows:
+                model = self.lm if name == "FP" else self._built(name, seed, spec, method, gamma)
+                self._measure(model, windows, found)
+                files.write_json(path, row | found)
+        nll = [float(v) for v in found["nll"][:windows]]
+        kept = [k for k in found["kept"] if k[0] < windows]
+        measured = {"nll": nll, "ppl": evaluation.Perplexity(nll).value, "kept": kept}
+        return row | {"windows": windows} | measured
 
     def _spec(self, bits: str, keep: str, method: str, activations: dict) -> ModelSpec:
         if method not in METHODS:
@@ -99,14 +104,16 @@ class Lab(Artefacts):
         kind = method.removesuffix("-shared")
         return ModelSpec.of(bits, keep=keep, clip_steps=self.clip_steps, method=kind, **activations)
 
-    def _measure(self, name, seed, spec, method, windows, gamma) -> dict[str, Any]:
-        model = self.lm if name == "FP" else self._built(name, seed, spec, method, gamma)
-        nll, kept = [], []
-        for i, window in enumerate(self.evaluation_tokens(windows)):
-            nll.append(evaluation.window_nll(model, window))
-            for position, sites in quantized_model.drain_kept(model) if name != "FP" else ():
-                kept.append([i, position, self.tokenizer.decode([int(window[position])]), sites])
-        return {"nll": nll, "ppl": evaluation.Perplexity(nll).value, "kept": kept}
+    def _measure(self, model: nn.Module, windows: int, found: dict[str, list]) -> None:
+        """Add to `found` what the windows behind those already in it give."""
+        tokens = self.evaluation_tokens(windows)
+        for i in range(len(found["nll"]), windows):
+            found["nll"].append(evaluation.window_nll(model, tokens[i]))
+            for position, sites in (
+                quantized_model.drain_kept(model) if model is not self.lm else ()
+            ):
+                word = self.tokenizer.decode([int(tokens[i, position])])
+                found["kept"].append([i, position, word, sites])
 
     def _built(self, name, seed, spec, method, gamma) -> nn.Module:
         """The quantized model; rows that differ in activations or KV cache share the last one built."""

@@ -21,6 +21,25 @@ def test_a_measurement_is_made_once(lab, monkeypatch):
     assert again.perplexity("RH", 1, windows=1) == first
 
 
+def test_more_windows_are_added_and_fewer_are_the_first(lab, monkeypatch):
+    measured = []
+    plain = Lab._measure
+
+    def counted(self, model, windows, found):
+        measured.append(windows - len(found["nll"]))
+        plain(self, model, windows, found)
+
+    monkeypatch.setattr(Lab, "_measure", counted)
+    two = lab.perplexity("RO", 0, keep="massive", windows=2)
+    three = lab.perplexity("RO", 0, keep="massive", windows=3)
+    assert lab.perplexity("RO", 0, keep="massive", windows=2) == two
+    assert measured == [2, 1]
+    assert three["nll"][:2] == two["nll"] and len(three["nll"]) == 3
+    assert [k for k in three["kept"] if k[0] < 2] == two["kept"] and three["kept"]
+    alone = Lab(**SMALL, folder=lab.folder / "other")
+    assert alone.perplexity("RO", 0, keep="massive", windows=3) == three
+
+
 def test_other_parameters_or_code_are_measured_anew(lab, monkeypatch):
     lab.perplexity("RH", 0, windows=1)
     lab.perplexity("RH", 1, windows=1)
