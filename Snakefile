@@ -21,8 +21,8 @@ NOTEBOOKS = {
 # what was asked for: the first four (make figures) unless named
 ASKED = config["notebooks"].split() if config.get("notebooks") else list(NOTEBOOKS)[:4]
 # what a rule's numbers depend on; plots and the command line are not among it
-KERNELS = ["hadamard", "reference"]
-CORE = ["activations", "architectures", "artefacts", "assets", "corpora", "dfrot", "evaluation", "files", "gptq", "hessians", "kv_cache"]
+KERNELS = ["checks", "hadamard", "reference"]
+CORE = ["activations", "architectures", "artefacts", "assets", "corpora", "dfrot", "evaluation", "files", "gptq", "hessians", "kv_cache", "linears"]
 CORE += ["lab", "massive", "models", "paper"]
 CORE += ["quantized_model", "quantizers", "results", "rotations", "wikipedia"]
 CODE = [f"kernels/dfrot_kernels/{m}.py" for m in KERNELS] + [f"dfrot_lab/{m}.py" for m in CORE]

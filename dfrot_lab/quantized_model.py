@@ -1,7 +1,7 @@
 """Quantized model: rotations merged, linears swapped in place for fake-quantized ones.
 
 It stays the transformers PreTrainedModel it was, so that generate, save and evaluation harnesses work.
-Inputs of q/k/v (and of gate/up) are quantized once and shared, as an int4 engine would.
+`pack` then swaps those for linears that hold 4-bit weights and compute with int4 kernels.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from dfrot_kernels import backends, hadamard
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfrot_lab import gptq, kv_cache, massive, models, rotations
 from dfrot_lab.gptq import GPTQ, GPTQError
 from dfrot_lab.hessians import Hessians
 from dfrot_lab.kv_cache import KVSpec
-from dfrot_lab.quantizers import QuantSpec, calibrate, fake_quantize, round_to_nearest
+from dfrot_lab.linears import InputQuantizer, Int4Linear, Int4Quantizer, QuantLinear
+from dfrot_lab.quantizers import QuantSpec, calibrate, round_to_nearest
 from dfrot_lab.rotations import Rotations
 
 __all__ = [
     "KEEP",
     "InputQuantizer",
+    "Int4Linear",
     "ModelSpec",
     "QuantLinear",
     "build",
     "drain_kept",
     "kept_tokens",
+    "pack",
     "requantize",
 ]
 
@@ -108,76 +111,6 @@ class ModelSpec:
         )
 
 
-class InputQuantizer(nn.Module):
-    """Quantize one activation tensor [batch, seqlen, D], once for all the linears that read it.
-
-    `kept` counts, by position in the sequence, the tokens that bypassed quantization. `static`: scale
-    and zero point, where they do not depend on x. `seen`: while a list, x passes as it is and leaves its
-    extremes there.
-    """
-
-    def __init__(self, readers: int) -> None:
-        super().__init__()
-        self.readers = readers
-        self.spec: QuantSpec | None = None
-        self.keep: Callable | None = None
-        self.kept: Tensor | None = None
-        self.static: tuple[Tensor, Tensor] | None = None
-        self.seen: list[Tensor] | None = None
-        self._last: tuple[Tensor, Tensor, int] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Q(x); the readers after the first are given the same tensor."""
-        if self.seen is not None:
-            self.seen.append(torch.stack([x.amin(), x.amax()]).float().cpu())
-            return x
-        if self.spec is None:
-            return x
-        if self._last is not None and self._last[0] is x:
-            _, q, reads = self._last
-        else:
-            q, reads = self._quantize(x), 0
-        # the pair is dropped with its last reader: nothing stays alive between layers
-        self._last = (x, q, reads + 1) if reads + 1 < self.readers else None
-        return q
-
-    def _quantize(self, x: Tensor) -> Tensor:
-        if self.static is None:
-            q = fake_quantize(x, self.spec)
-        else:
-            scale, zero = (part.to(x) for part in self.static)
-            q = fake_quantize(x, self.spec, scale=scale, zero=zero)
-        if self.keep is None:
-            return q
-        mask = self.keep(x)
-        counts = mask.reshape(-1, mask.shape[-1]).sum(0).cpu()
-        if self.kept is None or self.kept.shape != counts.shape:
-            self.kept = torch.zeros_like(counts)
-        self.kept += counts
-        return torch.where(mask[..., None], x, q)
-
-
-class QuantLinear(nn.Module):
-    """y = Q(x H)·Wᵀ + b, H present only where a Hadamard is online; W is what `weights` left of it.
-
-    online: what turns x first (R4 before down_proj, the cross-head Hadamard before o_proj), or None.
-    """
-
-    def __init__(
-        self, linear: nn.Linear, quantizer: InputQuantizer, online: Callable | None = None
-    ) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quantizer, self.online = quantizer, online
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The linear's output, from its quantized input."""
-        if self.online is not None:
-            x = self.online(x)
-        return F.linear(self.quantizer(x), self.weight, self.bias)
-
-
 @torch.no_grad()
 def build(
     model: nn.Module,
@@ -193,7 +126,7 @@ def build(
     them or with too few. hessians: of the floating-point model, for GPTQ in place of tokens. Raises
     RotationError (see `rotations.merge`) and ValueError for a spec that does not fit.
     """
-    if any(isinstance(module, QuantLinear) for module in model.modules()):
+    if any(isinstance(module, (QuantLinear, Int4Linear)) for module in model.modules()):
         raise ValueError("the model is quantized already: build from the one that was loaded")
     rotation = rotation or Rotations()
     if spec.weights is not None and spec.method == "gptq" and calibration is hessians is None:
@@ -247,6 +180,52 @@ def requantize(
             raise ValueError("static steps need calibration tokens: give calibration=tokens")
         _calibrate(model, quantizers, spec.activations, calibration)
     return model
+
+
+@torch.no_grad()
+def pack(model: nn.Module, *, backend: str | None = None) -> nn.Module:
+    """Swap every fake-quantized linear of a built `model`, in place, for one with packed 4-bit weights.
+
+    The model computes the same, from 4-bit codes instead of their floating-point values, and R4 is fused
+    with the quantizer. backend: "triton" or "torch" (see `dfrot_kernels.backends`), by default the one for
+    the model's device. Raises ValueError for what int4 kernels do not compute: weights that are not 4 bits
+    per channel, activations other than 4 bits per token (or left as they are), kept tokens.
+    """
+    quantizers = _quantizers(model)  # also says so when the model was not built
+    device = next(model.parameters()).device
+    backend = backend or backends.default(device)
+    backends.get(backend)
+    for quantizer in quantizers:
+        _check_packable(quantizer)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    shared: dict[int, Int4Quantizer | None] = {}
+    packed: dict[str, Int4Linear] = {}  # all of them, before the first one is swapped
+    for name, linear in linears.items():
+        old, turned = linear.quantizer, linear.online is hadamard.transform
+        if id(old) not in shared:
+            made = old.spec and Int4Quantizer(old.readers, old.spec, backend, turned=turned)
+            shared[id(old)] = made
+        try:
+            packed[name] = Int4Linear.of(linear, shared[id(old)], backend)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    for name, linear in packed.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    return model
+
+
+def _check_packable(quantizer: InputQuantizer) -> None:
+    spec = quantizer.spec
+    if spec is not None and (spec.bits != 4 or spec.granularity != "token"):
+        raise ValueError(
+            f"activations of {spec.bits} bits per {spec.granularity!r} cannot be packed: the kernels "
+            "take 4 bits per token, or floating point; requantize with bits='4-4-16' first"
+        )
+    if quantizer.keep is not None:
+        raise ValueError(
+            "kept tokens need floating-point activations and weights: requantize with keep='none' first"
+        )
 
 
 def _calibrate(
@@ -303,6 +282,8 @@ def kept_tokens(model: nn.Module) -> dict[str, Tensor]:
 def _quantizers(model: nn.Module) -> list[InputQuantizer]:
     """Every quantizer of `model` once, in order; ValueError for a model that was not built."""
     found = {id(m): m for m in model.modules() if isinstance(m, InputQuantizer)}
+    if any(isinstance(m, Int4Linear) for m in model.modules()):
+        raise ValueError("the model is packed already: change it before quantized_model.pack")
     if not found:
         raise ValueError("the model is not quantized: make it with quantized_model.build")
     return list(found.values())
