@@ -150,11 +150,12 @@ class Artefacts:
         return other
 
     def evaluation_tokens(self, windows: int) -> Tensor:
-        """The first `windows` windows [windows, seqlen] of the evaluation split."""
+        """The first `windows` windows [windows, seqlen] of the evaluation split; 0: all of it."""
         if ("tokens", windows) not in self._kept:
             self._kept["tokens", windows] = corpora.load(
-                self.corpus, "evaluation", self.tokenizer, windows=windows, seqlen=self.seqlen
-            )
+                self.corpus, "evaluation", self.tokenizer,
+                windows=windows or None, seqlen=self.seqlen,
+            )  # fmt: skip
         return self._kept["tokens", windows]
 
     def held_out(self, site: str) -> Tensor:

@@ -64,7 +64,8 @@ class Lab(Artefacts):
         """One row of a table: {rotation, seed, bits, keep, gamma, method, ppl, nll, kept}.
 
         method: of the weights, where `bits` quantizes them: "rtn", "gptq" as published, or "gptq-shared",
-        from one set of floating-point Hessians. activations: per, group_size, clip of `ModelSpec.of`.
+        from one set of floating-point Hessians. windows: 0 for the whole split. activations: per,
+        group_size, clip of `ModelSpec.of`.
         kept: [window, position, token, sites] of each token that bypassed quantization somewhere.
         name "FP": the floating-point model. Kept in `folder`/measurements, window by window: more of
         them are added to those that are there, and fewer are the first of them.
@@ -72,6 +73,7 @@ class Lab(Artefacts):
         file = name.endswith(".safetensors")
         if name != "FP" and not file:
             parse_rotation(name)
+        windows = windows or len(self.evaluation_tokens(0))
         row = {"rotation": name, "seed": seed, "bits": bits, "keep": keep}
         row |= {"gamma": str(float(gamma)) if name.startswith("DFRot") else None}
         spec = self._spec(bits, keep, method, activations)

@@ -20,6 +20,9 @@ from dfrot_lab.rotations import Rotations
 
 __all__ = ["Plan", "Speed", "measure", "plan", "weights"]
 
+TEXT = (
+    340_000  # tokens of WikiText-2's test split under LLaMA-2's tokenizer; fewer with larger ones
+)
 BASE = 0.9e9  # bytes that Python, torch and transformers take before any model
 
 
@@ -129,10 +132,17 @@ def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
     three, four = (content["notebooks"][n] for n in ("03_massive_tokens_fp16", "04_dfrot"))
     closing = 2 * four["final_seeds"]
     swept = 2 * sum(g != common["gamma"] for g in four["gammas"])
-    windows3 = (3 + 4 * seeds) * three["windows"]  # FP, NR twice; RO and RH twice a seed
-    windows3 += three["side_seeds"] * (three["windows"] + three["side_windows"])
-    windows4 = 2 * seeds * four["windows"] + swept * four["side_windows"]
-    windows4 += closing * four["final_windows"]
+    w3, s3, w4, s4, final = (
+        n or TEXT // common["seqlen"]
+        for n in (
+            three["windows"], three["side_windows"],
+            four["windows"], four["side_windows"], four["final_windows"],
+        )
+    )  # fmt: skip
+    windows3 = (3 + 4 * seeds) * w3  # FP, NR twice; RO and RH twice a seed
+    windows3 += three["side_seeds"] * (w3 + s3)
+    windows4 = 2 * seeds * w4 + (1 + 2 * seeds) * max(w4 - w3, 0)  # FP, RO, RH: added to 03's
+    windows4 += swept * s4 + closing * final
     notebooks = {
         "activations, rotations": common["calibration"] * t.window + 2 * seeds * t.refine,
         "01_rotation_invariance": 2 * t.window + 10 * t.build,

@@ -40,6 +40,14 @@ def test_more_windows_are_added_and_fewer_are_the_first(lab, monkeypatch):
     assert alone.perplexity("RO", 0, keep="massive", windows=3) == three
 
 
+def test_no_windows_are_the_whole_split(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 20)
+    lab = Lab(**SMALL | {"corpus": str(text)}, folder=tmp_path / "r")
+    found = lab.perplexity("FP", bits="16-16-16", windows=0)
+    assert found["windows"] == len(found["nll"]) == len(lab.evaluation_tokens(0)) > 3
+
+
 def test_other_parameters_or_code_are_measured_anew(lab, monkeypatch):
     lab.perplexity("RH", 0, windows=1)
     lab.perplexity("RH", 1, windows=1)

@@ -182,16 +182,21 @@ def test_massive_token_claim():
     assert not verdicts(refined_rotation.claims(study4(dfrot=3.0)))[claim]
 
 
-def test_the_sweep_reads_what_is_known(tmp_path):
-    head = [row("DFRot(RH)", "none", 0, 3.0, 4.0, gamma="100.0"), row("RH", "none", 0, 3.1, 9.0)]
-    head += [row("DFRot(RO)", "none", 0, 3.2, 4.0, gamma="100.0"), row("RO", "none", 0, 3.3, 9.0)]
-    found = refined_rotation.gamma_sweep(None, [100.0], 0, 1, "16-4-16", head)
-    assert {(r["start"], r["gamma"]): r["ppl"] for r in found} == pytest.approx(
-        {("RH", "100.0"): math.exp(3), ("RO", "100.0"): math.exp(3.2),
-         ("RH", "none"): math.exp(3.1), ("RO", "none"): math.exp(3.3)}
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="asks for 3 windows"):
-        refined_rotation.gamma_sweep(None, [100.0], 0, 3, "16-4-16", head)
+def test_the_sweep_asks_for_every_gamma_and_for_both_starts():
+    asked = []
+
+    class Known:
+        def perplexity(self, name, seed, **how):
+            asked.append((name, seed, how))
+            return {"ppl": len(name) + how.get("gamma", 0.0)}
+
+    found = refined_rotation.gamma_sweep(Known(), [1.0, math.inf], 3, 2, "4-4-16", "gptq")
+    assert {(r["start"], r["gamma"]): r["ppl"] for r in found} == {
+        ("RH", "none"): 2, ("RH", "1.0"): 10, ("RH", "inf"): math.inf,
+        ("RO", "none"): 2, ("RO", "1.0"): 10, ("RO", "inf"): math.inf,
+    }  # fmt: skip
+    same = {"bits": "4-4-16", "windows": 2, "method": "gptq"}
+    assert all(seed == 3 and how.items() >= same.items() for _, seed, how in asked)
 
 
 # --- 01 and 02, on the tiny model ------------------------------------------------------------------

@@ -33,7 +33,10 @@ def path(profile: str) -> Path:
 
 
 def load(profile: str) -> dict[str, Any]:
-    """The profile as a dict with 'common', 'notebooks' and 'rotations'; a `base` profile fills gaps."""
+    """The profile as a dict with 'common', 'notebooks' and 'rotations'; a `base` profile fills gaps.
+
+    Single parameters are filled in, of a notebook's section too.
+    """
     content = yaml.safe_load(path(profile).read_text()) or {}
     unknown = set(content) - set(_SECTIONS)
     if unknown:
@@ -43,7 +46,9 @@ def load(profile: str) -> dict[str, Any]:
     found = {section: content.get(section) or {} for section in _SECTIONS}
     if base := found["base"]:
         below = load(base)
-        for section in ("common", "notebooks", "rotations"):
+        for name, parameters in below["notebooks"].items():
+            found["notebooks"][name] = parameters | found["notebooks"].get(name, {})
+        for section in ("common", "rotations"):
             found[section] = below[section] | found[section]
     return found
 

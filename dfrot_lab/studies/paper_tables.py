@@ -10,9 +10,9 @@ from dfrot_lab import paper
 from dfrot_lab.evaluation import spread
 from dfrot_lab.lab import Lab
 from dfrot_lab.results import Claim
-from dfrot_lab.studies.perplexities import paired, table
+from dfrot_lab.studies.perplexities import gamma_sweep, paired, table
 
-__all__ = ["calibration", "claims", "gammas", "measure", "summary"]
+__all__ = ["calibration", "claims", "gamma_sweep", "measure", "summary"]
 
 TABLE1 = (("NR", "none"), ("RO", "none"), ("RO", "massive"), ("RH", "none"), ("RH", "massive"))
 TABLE2 = (("RH", "none"), ("DFRot(RH)", "none"))
@@ -61,20 +61,6 @@ def calibration(
             for n in tqdm(sites, desc="norm sites")
         ],
     }
-
-
-def gammas(
-    lab: Lab, values: list[float], seed: int, windows: int, bits: str, method: str = "rtn"
-) -> list[dict[str, Any]]:
-    """Figures 5 and 6: perplexity of DFRot from both starts by γ, and of the starts themselves."""
-    out = []
-    grid = [(start, g) for start in ("RH", "RO") for g in (None, *values)]
-    for start, g in tqdm(grid, desc="gamma", unit="row"):
-        name, options = (start, {}) if g is None else (f"DFRot({start})", {"gamma": g})
-        found = lab.perplexity(name, seed, bits=bits, windows=windows, method=method, **options)
-        gamma = "none" if g is None else str(float(g))
-        out.append({"start": start, "gamma": gamma, "ppl": found["ppl"]})
-    return out
 
 
 def summary(rows: list[dict[str, Any]], gptq: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dfrot_lab.evaluation import paired_difference, spread
 from dfrot_lab.lab import Lab
 
-__all__ = ["paired", "perplexities", "table"]
+__all__ = ["gamma_sweep", "paired", "perplexities", "table"]
 
 
 def perplexities(
@@ -30,6 +30,20 @@ def perplexities(
     for name, keep, seed in bar:
         bar.set_postfix_str(f"{name} keep={keep} seed={seed}", refresh=False)
         out.append(lab.perplexity(name, seed, bits=bits, keep=keep, windows=windows))
+    return out
+
+
+def gamma_sweep(
+    lab: Lab, gammas: list[float], seed: int, windows: int, bits: str, method: str = "rtn"
+) -> list[dict[str, Any]]:
+    """Figures 5 and 6: perplexity of DFRot from both starts by γ, and of the starts themselves."""
+    out = []
+    grid = [(start, g) for start in ("RH", "RO") for g in (None, *gammas)]
+    for start, g in tqdm(grid, desc="gamma sweep", unit="row"):
+        name, options = (start, {}) if g is None else (f"DFRot({start})", {"gamma": g})
+        found = lab.perplexity(name, seed, bits=bits, windows=windows, method=method, **options)
+        gamma = "none" if g is None else str(float(g))
+        out.append({"start": start, "gamma": gamma, "ppl": found["ppl"]})
     return out
 
 

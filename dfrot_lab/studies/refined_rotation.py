@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dfrot_lab import dfrot, massive, paper, rotations
 from dfrot_lab.lab import Lab
 from dfrot_lab.quantizers import QuantSpec, fake_quantize, squared_error
 from dfrot_lab.results import Claim, rounded
-from dfrot_lab.studies.perplexities import paired, perplexities, table
+from dfrot_lab.studies.perplexities import gamma_sweep, paired, perplexities, table
 
 __all__ = [
     "claims",
@@ -104,44 +103,6 @@ def summary(headline: list[dict[str, Any]], closing: list[dict[str, Any]]) -> di
         "table": table(headline + closing),
         "paired": [paired(headline, (a, "none"), (b, "none")) for a, b in pairs],
     }
-
-
-def gamma_sweep(
-    lab: Lab,
-    gammas: list[float],
-    seed: int,
-    windows: int,
-    bits: str,
-    headline: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Perplexity of DFRot(RH) and DFRot(RO) for each γ (inf: massive rows alone), one seed.
-
-    A γ that `headline` already measured on at least as many windows is read from there.
-    """
-    if headline and len(headline[0]["nll"]) < windows:
-        raise ValueError(f"the sweep asks for {windows} windows: measure the headline on as many")
-    known = {
-        (r["rotation"], r["gamma"]): r["nll"]
-        for r in headline
-        if r["seed"] == seed
-        and r["bits"] == bits
-        and r["keep"] == "none"
-        and len(r["nll"]) >= windows
-    }
-    out = []
-    grid = [(start, float(g)) for start in ("RH", "RO") for g in gammas]
-    for start, gamma in tqdm(grid, desc="gamma sweep", unit="row"):
-        name = f"DFRot({start})"
-        nll = known.get((name, str(gamma)))
-        if nll is None:
-            nll = lab.perplexity(name, seed, bits=bits, windows=windows, gamma=gamma)["nll"]
-        ppl = torch.tensor(nll[:windows], dtype=torch.float64).mean().exp().item()
-        out.append({"start": start, "gamma": str(gamma), "ppl": ppl})
-    for start in ("RH", "RO"):
-        nll = known[start, None]
-        ppl = torch.tensor(nll[:windows], dtype=torch.float64).mean().exp().item()
-        out.append({"start": start, "gamma": "none", "ppl": ppl})
-    return out
 
 
 def claims(result: dict[str, Any]) -> list[Claim]:
