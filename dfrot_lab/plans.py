@@ -8,13 +8,22 @@ what every layer takes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dfrot_lab import activations, dfrot, evaluation, models, profiles, quantized_model, rotations
+from dfrot_lab import (
+    activations,
+    dfrot,
+    evaluation,
+    gptq,
+    models,
+    profiles,
+    quantized_model,
+    rotations,
+)
 from dfrot_lab.quantizers import QuantSpec
 from dfrot_lab.rotations import Rotations
 
@@ -28,12 +37,16 @@ BASE = 0.9e9  # bytes that Python, torch and transformers take before any model
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one W16A4 window, one model built, one built with RTN weights, one R1 refined."""
+    """Seconds of one W16A4 window, one model built, one built with RTN weights, one R1 refined, one
+    GPTQ of all columns from known Hessians, one calibration window through the layers for Hessians.
+    """
 
     window: float
     build: float
     rtn: float
     refine: float
+    gptq: float
+    hessian: float
 
 
 @dataclass(frozen=True)
@@ -69,11 +82,10 @@ def measure(config: Any, common: dict[str, Any]) -> Speed:
     where = common["device"], common["dtype"], common["seqlen"], common["clip_steps"]
     found = [_timed(config, layers, *where) for layers in (1, 2)]
     more = config.num_hidden_layers - 1
-    times = (one + more * max(two - one, 0) for one, two in zip(*found, strict=True))
+    times = [one + more * max(two - one, 0) for one, two in zip(*found, strict=True)]
     used = _rows(config, common) * common["rows"]
-    return Speed(
-        *times, _refining(config.hidden_size, used, common["iterations"], common["device"])
-    )
+    refine = _refining(config.hidden_size, used, common["iterations"], common["device"])
+    return Speed(*times[:3], refine, *times[3:])
 
 
 def _rows(config: Any, common: dict[str, Any]) -> int:
@@ -83,8 +95,8 @@ def _rows(config: Any, common: dict[str, Any]) -> int:
 
 def _timed(
     config: Any, layers: int, device: str, dtype: str, seqlen: int, clip_steps: int
-) -> tuple[float, float, float]:
-    """Seconds of a W16A4 window, of building that model, and of building it with RTN weights."""
+) -> tuple[float, ...]:
+    """Seconds of `Speed` without `refine`, for a model of so many layers."""
     model = models.of_shape(config, layers, dtype=dtype, device=device)
     rotation = Rotations.standard(model, rotations.random_hadamard(config.hidden_size, 0))
     window = torch.arange(seqlen) % config.vocab_size
@@ -96,11 +108,27 @@ def _timed(
 
     built = build(spec)
     calls = (lambda: evaluation.window_nll(built, window), lambda: build(spec), lambda: build(rtn))
-    return tuple(_seconds(call, device) for call in calls)
+    times = [_seconds(call, device) for call in calls]
+    hessians: dict[tuple[int, str], torch.Tensor] = {}
+
+    def visit(layer: models.Layer, linears: dict, inputs: Iterator[torch.Tensor]) -> None:
+        found = gptq.hessian_of(inputs)
+        hessians.update({(layer.index, name): found for name in linears})
+
+    windows = -(-config.intermediate_size // seqlen)  # GPTQ takes no fewer tokens than channels
+    tokens = window.expand(windows, seqlen)
+    passed = _seconds(lambda: gptq.walk(model, tokens, visit), device, warm=False) / windows
+    how = gptq.GPTQ(clip_steps=clip_steps)
+
+    def columns() -> None:
+        gptq.quantize_with(model, lambda i, name: hessians[i, name], rtn.weights, how)
+
+    return (*times, _seconds(columns, device, warm=False), passed)
 
 
-def _seconds(call: Callable, device: str) -> float:
-    call()
+def _seconds(call: Callable, device: str, *, warm: bool = True) -> float:
+    if warm:
+        call()
     start = time.perf_counter()
     call()
     if device.startswith("cuda"):
@@ -119,7 +147,7 @@ def _refining(d: int, rows: float, iterations: int, device: str) -> float:
 
 
 def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
-    """What notebooks 01 to 04 of `profile` will take; None: looked up, and measured.
+    """What the notebooks of `profile` will take; None: looked up, and measured.
 
     Raises ModelError for a model that cannot be looked up, ProfileError for a profile that is none.
     """
@@ -132,7 +160,7 @@ def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
     three, four = (content["notebooks"][n] for n in ("03_massive_tokens_fp16", "04_dfrot"))
     closing = 2 * four["final_seeds"]
     swept = 2 * sum(g != common["gamma"] for g in four["gammas"])
-    w3, s3, w4, s4, final = (
+    w3, s3, w4, s4, final = (  # 0: the whole split
         n or TEXT // common["seqlen"]
         for n in (
             three["windows"], three["side_windows"],
@@ -153,7 +181,42 @@ def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
         + (2 * seeds + swept) * t.build
         + closing * t.rtn
         + swept * t.refine,
+        "05_tables": _tables(content["notebooks"]["05_tables"], common, t),
+        "06_reviewers_questions": _questions(
+            content["notebooks"]["06_reviewers_questions"], t, common
+        ),
     }
     d = config.hidden_size
     disk = 4 * _rows(config, common) * d + 8 * d**2 * (2 * seeds + swept)
     return Plan(int(BASE + 16 * weights(config)), disk, t.window, notebooks)
+
+
+def _tables(own: dict[str, Any], common: dict[str, Any], t: Speed) -> float:
+    """Seconds of notebook 05, see `studies.paper_tables`."""
+    w, seeds = own["windows"] or TEXT // common["seqlen"], len(common["seeds"])
+    rows = 1 + (1 + 10 * seeds) * len(own["all_bits"])
+    exact = 1 + 4 * seeds  # models quantized by GPTQ; all but NR are by RTN too
+    passes = own["weight_windows"] * (1 if own["gptq"] == "gptq-shared" else exact)
+    side = own["samples"] + len(own["sites"]) + 2 * len(own["gammas"])
+    return (
+        (rows + side) * w * t.window
+        + exact * (t.build + t.gptq)
+        + passes * t.hessian
+        + (exact - 1 + side + 2) * t.rtn
+        + side * t.refine
+    )
+
+
+def _questions(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
+    """Seconds of notebook 06, see `studies.questions`, section by section."""
+    w = own["windows"] or TEXT // common["seqlen"]
+    c, rounds = len(own["corpora"]), own["rounds"]
+    static = 4 * len(own["static_bits"])
+    rows = static + 2 * len(own["clips"]) + c * (c + 1) + rounds + 6 * 3 + 4 * 2 + 6
+    builds = 4 + 2 + c * (c + 1) + 2 * rounds + 6 + 3 + 6
+    refined = c - 1 + rounds + 5
+    return (
+        (rows * w + static / 2 * own["weight_windows"] + rounds + c) * t.window
+        + builds * t.build
+        + refined * t.refine
+    )

@@ -9,7 +9,7 @@ import yaml
 
 from dfrot_lab import models, plans, profiles
 
-SPEED = plans.Speed(window=8.0, build=3.0, rtn=10.0, refine=11.0)
+SPEED = plans.Speed(window=8.0, build=3.0, rtn=10.0, refine=11.0, gptq=30.0, hessian=9.0)
 
 
 @pytest.mark.parametrize("kind", models.ARCHITECTURES)
@@ -30,11 +30,13 @@ def test_a_model_of_the_shape_is_the_model_but_for_its_layers(kind):
 
 
 def test_layers_are_extrapolated_from_what_the_second_adds(monkeypatch):
-    monkeypatch.setattr(plans, "_timed", lambda c, layers, *_: (1 + layers, 2 * layers, 5))
+    monkeypatch.setattr(
+        plans, "_timed", lambda c, layers, *_: (1 + layers, 2 * layers, 5, layers, 0)
+    )
     monkeypatch.setattr(plans, "_refining", lambda d, rows, iterations, device: rows)
     config = models.tiny("llama", layers=7).config
     common = profiles.load("smoke")["common"] | {"seqlen": 10, "calibration": 3, "rows": 0.5}
-    assert plans.measure(config, common) == plans.Speed(8, 14, 5, 2 * 7 * 10 * 3 * 0.5)
+    assert plans.measure(config, common) == plans.Speed(8, 14, 5, 2 * 7 * 10 * 3 * 0.5, 7, 0)
 
 
 @pytest.mark.parametrize("profile", profiles.names())
@@ -64,5 +66,23 @@ def test_more_windows_seeds_and_slower_machines_take_longer(tmp_path):
     assert total(common={"seeds": [0, 1, 2, 3]}) > plain
     assert total(**{"03_massive_tokens_fp16": {"windows": 8}}) > plain
     assert total(**{"04_dfrot": {"windows": 8}}) > plain
-    for part in ("window", "build", "rtn", "refine"):
-        assert total(speed=replace(SPEED, **{part: 20.0})) > plain
+    assert total(**{"05_tables": {"weight_windows": 64}}) > plain
+    assert total(**{"05_tables": {"gptq": "gptq"}}) > plain
+    assert total(**{"06_reviewers_questions": {"clips": [1.0]}}) < plain
+    for part, seconds in vars(SPEED).items():
+        assert total(speed=replace(SPEED, **{part: 2 * seconds})) > plain
+
+
+@pytest.mark.parametrize("kind", models.ARCHITECTURES)
+def test_every_part_is_timed_on_the_tiny_models(kind):
+    common = profiles.load("smoke")["common"]
+    found = plans.measure(models.tiny(kind).config, common)
+    assert all(seconds > 0 for seconds in vars(found).values())
+
+
+def test_the_whole_split_counts_as_many_windows(tmp_path):
+    config = models.tiny("llama").config
+    (tmp_path / "p.yml").write_text("base: demo\nnotebooks: {03_massive_tokens_fp16: {windows: 0}}")
+    whole = plans.plan(str(tmp_path / "p.yml"), config, SPEED).notebooks
+    few = plans.plan("demo", config, SPEED).notebooks
+    assert whole["03_massive_tokens_fp16"] > 20 * few["03_massive_tokens_fp16"]

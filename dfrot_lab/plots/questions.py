@@ -166,7 +166,7 @@ def _task_numbers(result: dict[str, Any]) -> dict[str, Any]:
 def task_loss(result: dict[str, Any]) -> Figure:
     """KL to the floating-point model against the error of activations, and against perplexity."""
     fig = style.new(PAGE, 2.4)
-    for ax, (key, text) in zip(
+    for ax, (key, text_of_axis) in zip(
         fig.subplots(1, 2, sharey=True),
         (("error", "mean relative error of activations"), ("ppl", "perplexity")),
         strict=True,
@@ -175,13 +175,11 @@ def task_loss(result: dict[str, Any]) -> Figure:
             name, kept = r["rotation"], r["keep"] == "massive"
             x, y = float(array(r[key])), float(array(r["kl"]))
             face = "white" if kept else COLOUR[name]
-            ax.plot(x, y, MARKER[name], color=COLOUR[name], mfc=face, ms=5)
-            ax.annotate(name + (", kept" if kept else ""), (x, y), (5, 3), fontsize=6.5,
-                        textcoords="offset points", color=COLOUR[name])  # fmt: skip
-        values = array([r[key] for r in result["task_loss"]])
-        ax.set_xlim(*style.limits([*values, values.max() + 0.35 * np.ptp(values)], margin=0.08))
-        ax.set_xlabel(text)
+            text = style.label(name) + (", massive kept" if kept else "")
+            ax.plot(x, y, MARKER[name], color=COLOUR[name], mfc=face, ms=5, label=text)
+        ax.set_xlabel(text_of_axis)
         ax.grid()
+    fig.axes[0].legend(loc="upper left", fontsize=6.5)
     fig.axes[0].set_ylabel("KL to FP, nats a token")
     return fig
 
@@ -296,21 +294,49 @@ def begin_of_sequence(result: dict[str, Any]) -> Figure:
     ax.set(xlim=(-0.25, 1.25), ylim=style.limits(values), ylabel="perplexity")
     ax.grid(axis="y")
     if values:
-        ax.legend()
+        low, high = ax.get_ylim()
+        ends = style.apart(values[1::2], 0.085 * (high - low))
+        for line, y in zip(ax.get_lines(), ends, strict=True):
+            ax.annotate(
+                line.get_label(), (1.06, y), va="center", fontsize=7, color=line.get_color()
+            )
+        ax.set_xlim(-0.25, 1.75)
     return fig
 
 
+def _slips(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    rows = result["slips"]
+    return {
+        way: [r for r in rows if r["way"] == way] for way in dict.fromkeys(r["way"] for r in rows)
+    }
+
+
 def _slip_numbers(result: dict[str, Any]) -> dict[str, Any]:
-    return {"rows": _told((r["way"], r["ppl"]) for r in result["slips"])}
+    told = []
+    for way, rows in _slips(result).items():
+        ppl = array([r["ppl"] for r in rows])
+        text = f"{way} {number(ppl.mean())}"
+        if len(ppl) > 1:
+            text += f" ± {number(ppl.std(ddof=1))}"
+        if "moved" in rows[0]:
+            text += f" (moved {number(np.mean([r['moved'] for r in rows]))})"
+        told.append(text)
+    seeds = {r["seed"] for r in result["slips"]}
+    return {"rows": ", ".join(told), "seeds": style.count(len(seeds), "seed")}
 
 
 @figure(NOTEBOOK, _slip_numbers)
 def slips(result: dict[str, Any]) -> Figure:
-    """Perplexity of DFRot(RH) with one slip of the publication at a time."""
-    rows = result["slips"]
-    fig = style.new(PAGE, 0.35 + 0.24 * len(rows))
+    """Perplexity of DFRot(RH) with one slip of the publication at a time: mean, and every seed."""
+    ways = _slips(result)
+    fig = style.new(PAGE, 0.35 + 0.24 * len(ways))
     ax = fig.add_subplot()
-    inks = [COLOUR["RH" if r["way"] == "RH itself" else "DFRot"] for r in rows]
-    _bars(ax, [r["way"] for r in rows], [r["ppl"] for r in rows], inks)
+    inks = [COLOUR["RH" if way == "RH itself" else "DFRot"] for way in ways]
+    values = [array([r["ppl"] for r in rows]) for rows in ways.values()]
+    _bars(ax, list(ways), [v.mean() for v in values], inks)
+    for i, (seeds, ink) in enumerate(zip(values, inks, strict=True)):
+        ax.plot(seeds, np.full(len(seeds), i + 0.28), "|", color=ink, ms=4)
+    low, high = style.limits(np.concatenate(values), margin=0.12)
+    ax.set_xlim(min(low, ax.get_xlim()[0]), max(high, ax.get_xlim()[1]))
     ax.set_xlabel("perplexity")
     return fig
