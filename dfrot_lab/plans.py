@@ -195,14 +195,15 @@ def _tables(own: dict[str, Any], common: dict[str, Any], t: Speed) -> float:
     """Seconds of notebook 05, see `studies.paper_tables`."""
     w, seeds = own["windows"] or TEXT // common["seqlen"], len(common["seeds"])
     rows = 1 + (1 + 10 * seeds) * len(own["all_bits"])
-    exact = 1 + 4 * seeds  # models quantized by GPTQ; all but NR are by RTN too
-    passes = own["weight_windows"] * (1 if own["gptq"] == "gptq-shared" else exact)
     side = own["samples"] + len(own["sites"]) + 2 * len(own["gammas"])
+    rtn = 4 * seeds  # models quantized by RTN; GPTQ has NR and the rows of the sweeps besides
+    exact = 1 + rtn + side
+    passes = own["weight_windows"] * (1 if own["gptq"] == "gptq-shared" else exact)
     return (
         (rows + side) * w * t.window
         + exact * (t.build + t.gptq)
         + passes * t.hessian
-        + (exact - 1 + side + 2) * t.rtn
+        + rtn * t.rtn
         + side * t.refine
     )
 
