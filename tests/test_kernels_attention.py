@@ -10,6 +10,8 @@ import pytest
 import torch
 from dfrot_kernels import attention, common, reference
 from dfrot_kernels.checks import KernelError
+from dfrot_kernels.kv import dequantize_kv, quantize_kv
+from dfrot_kernels.kv import variants as kv_variants
 from dfrot_kernels.reference import KV
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,11 +61,11 @@ def rows(seed: int, count: int, d: int, dtype: torch.dtype) -> Tensor:
 def test_quantize_kv_is_exact(seed, count, d, dtype):
     x = rows(seed, count, d, dtype)
     with poisoned():
-        found = attention.quantize_kv(x)
+        found = quantize_kv(x)
     same(found, reference.quantize_kv(x))
     for as_type in DTYPES:
         with poisoned():
-            back = attention.dequantize_kv(found, as_type)
+            back = dequantize_kv(found, as_type)
         wanted = reference.dequantize_kv(found, as_type)
         # the interpreter cuts bits off where it makes bf16; a GPU rounds
         ulp = torch.finfo(as_type).eps if as_type == torch.bfloat16 else 0
@@ -72,7 +74,7 @@ def test_quantize_kv_is_exact(seed, count, d, dtype):
 
 def test_ties_go_to_the_even_code_and_ends_are_kept():
     x = torch.tensor([[-6.5, 8.5, 0.5, 1.5], [-7.5, 7.5, 2.5, -2.5], [0.0, 15.0, 0.5, 14.5]])
-    found = attention.quantize_kv(x)
+    found = quantize_kv(x)
     same(found, reference.quantize_kv(x))
     assert found.scale.tolist() == [1, 1, 1] and found.zero.tolist() == [6, 8, 0]
     assert (reference.unpack(found.packed) + 8).tolist() == [
@@ -86,23 +88,23 @@ def test_every_byte_is_dequantized():
     packed = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).reshape(8, 32)
     kv = KV(packed, torch.linspace(0.01, 3, 8).half(), torch.arange(0, 16, 2).half())
     for dtype in (torch.float16, torch.float32):
-        assert torch.equal(attention.dequantize_kv(kv, dtype), reference.dequantize_kv(kv, dtype))
+        assert torch.equal(dequantize_kv(kv, dtype), reference.dequantize_kv(kv, dtype))
 
 
 def test_steps_beyond_fp16_stay_the_reference_s():
     x = torch.tensor([[-3e6, 1.0], [2e6, -2e6], [1e-30, 0.0]])
-    same(attention.quantize_kv(x), reference.quantize_kv(x))
+    same(quantize_kv(x), reference.quantize_kv(x))
 
 
 def test_leading_axes_and_no_rows():
     x = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0)).half()
-    kv = attention.quantize_kv(x)
+    kv = quantize_kv(x)
     same(kv, reference.quantize_kv(x))
-    assert attention.dequantize_kv(kv).shape == x.shape
-    assert attention.quantize_kv(x[0, 0, 0]).scale.shape == ()
-    none = attention.quantize_kv(x[:0])
+    assert dequantize_kv(kv).shape == x.shape
+    assert quantize_kv(x[0, 0, 0]).scale.shape == ()
+    none = quantize_kv(x[:0])
     assert none.packed.shape == (0, 3, 5, 32) and none.scale.shape == (0, 3, 5)
-    assert attention.dequantize_kv(none).shape == (0, 3, 5, 64)
+    assert dequantize_kv(none).shape == (0, 3, 5, 64)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -299,18 +301,18 @@ TURNED = KV(CACHE.packed.mT.contiguous().mT, CACHE.scale, CACHE.zero)
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: attention.quantize_kv(torch.zeros(2, 3)), "x has rows of 3.*even"),
-        (lambda: attention.quantize_kv(torch.zeros(4, 8).T), "not contiguous"),
-        (lambda: attention.quantize_kv(torch.zeros(2, 4, dtype=torch.int32)), "x is torch.int32"),
-        (lambda: attention.quantize_kv(torch.zeros(1, 131_072)), "rows of 131072.*int32"),
-        (lambda: attention.dequantize_kv(CACHE, torch.int8), "dtype = torch.int8: use float16"),
-        (lambda: attention.dequantize_kv(TURNED), "kv.packed.*not contiguous"),
+        (lambda: quantize_kv(torch.zeros(2, 3)), "x has rows of 3.*even"),
+        (lambda: quantize_kv(torch.zeros(4, 8).T), "not contiguous"),
+        (lambda: quantize_kv(torch.zeros(2, 4, dtype=torch.int32)), "x is torch.int32"),
+        (lambda: quantize_kv(torch.zeros(1, 131_072)), "rows of 131072.*int32"),
+        (lambda: dequantize_kv(CACHE, torch.int8), "dtype = torch.int8: use float16"),
+        (lambda: dequantize_kv(TURNED), "kv.packed.*not contiguous"),
         (
-            lambda: attention.dequantize_kv(CACHE._replace(scale=CACHE.scale.float())),
+            lambda: dequantize_kv(CACHE._replace(scale=CACHE.scale.float())),
             "kv.scale is torch.float32: float16",
         ),
         (
-            lambda: attention.dequantize_kv(CACHE._replace(zero=CACHE.zero[0])),
+            lambda: dequantize_kv(CACHE._replace(zero=CACHE.zero[0])),
             r"kv.zero is \[2, 5\]: \[2, 2, 5\]",
         ),
         (lambda: attention.decode_attention(Q[0], CACHE, CACHE, LENGTHS), "q is .*3 axes"),
@@ -357,17 +359,17 @@ def test_bad_input_is_refused(call, message):
 def test_without_the_interpreter_a_cuda_device_is_needed(monkeypatch):
     monkeypatch.setattr(common, "INTERPRETED", False)
     for call in (
-        lambda: attention.quantize_kv(Q),
-        lambda: attention.dequantize_kv(CACHE),
+        lambda: quantize_kv(Q),
+        lambda: dequantize_kv(CACHE),
         lambda: attention.decode_attention(Q, CACHE, CACHE, LENGTHS),
     ):
         with pytest.raises(
-            KernelError, match="tensors on cpu: Triton needs a CUDA device.*'torch'"
+            KernelError, match=r"tensors on cpu: Triton needs a CUDA device.*'torch'"
         ):
             call()
 
 
 def test_variants_name_each_argument():
-    for variant in attention.variants():
+    for variant in [*kv_variants(), *attention.variants()]:
         wanted = {n for n, kind in variant.signature.items() if kind == "constexpr"}
         assert wanted == set(variant.constants) and set(variant.aligned) <= set(variant.signature)

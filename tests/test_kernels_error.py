@@ -2,7 +2,8 @@
 
 A code that flips at a tie leaves e² as it was, so no row needs an exception; what differs is the order in
 which a row of x R is summed: fp32's 1e-7 of at most 15 steps a number, against a mean e² of 1/12 step²,
-random in sign. Hence rtol 1e-4 a row. Where products and sums are exact the comparison is at fp32's own precision.
+random in sign. Hence rtol 1e-4 a row. Where products and sums are
+exact the comparison is at fp32's own precision.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def test_bad_input_is_refused(call, message):
 
 def test_without_the_interpreter_a_cuda_device_is_needed(monkeypatch):
     monkeypatch.setattr(common, "INTERPRETED", False)
-    with pytest.raises(KernelError, match="tensors on cpu: Triton needs a CUDA device.*'torch'"):
+    with pytest.raises(KernelError, match=r"tensors on cpu: Triton needs a CUDA device.*'torch'"):
         error.rotate_quantize_error(X, R)
 
 

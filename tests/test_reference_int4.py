@@ -94,10 +94,8 @@ def test_int4_tokens_mean_the_fake_quantized_row(seed, symmetric, packed, clip, 
 def agree(found: Tokens, y: Tensor, symmetric: bool, clip: float = 1.0) -> None:
     """`found`, not packed, means Q(y) of y in fp64; it is a step off only where y/Δ is at a tie."""
     mean = slow_quantize(y, QuantSpec(bits=4, symmetric=symmetric, clip=clip))[1]
-    if symmetric:
-        step = y.abs().amax(-1) / 7
-    else:
-        step = (y.amax(-1).clamp(min=0) - y.amin(-1).clamp(max=0)) / 15
+    range_ = y.amax(-1).clamp(min=0) - y.amin(-1).clamp(max=0)
+    step = y.abs().amax(-1) / 7 if symmetric else range_ / 15
     assert torch.allclose(found.scale.double(), step * clip, rtol=1e-5, atol=0)
     kept = (found.codes.double() - found.zero[..., None]) * found.scale[..., None]
     off = ((kept - mean) / step[:, None]).abs()

@@ -1,8 +1,9 @@
 """The Triton kernels' host functions, under the names and signatures of `reference`."""
 
-from dfrot_kernels.attention import decode_attention, dequantize_kv, quantize_kv
+from dfrot_kernels.attention import decode_attention
 from dfrot_kernels.error import rotate_quantize_error
 from dfrot_kernels.hadamard_tokens import hadamard_quantize
+from dfrot_kernels.kv import dequantize_kv, quantize_kv
 from dfrot_kernels.matmul import matmul
 from dfrot_kernels.matmul_fp import matmul_fp
 from dfrot_kernels.reference import KV, Tokens, Weight, pack, pack_weight, unpack
