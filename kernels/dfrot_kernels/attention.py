@@ -271,15 +271,16 @@ def decode_attention(
     top, total = (acc.new_empty(acc.shape[:3]) for _ in range(2))
     scaling = dim**-0.5 if scaling is None else scaling
     constants, warps = _split_launch(group, dim, q.dtype)
-    _split_kernel[(pairs, count)](
-        q, *_words(k), *_words(v), lengths, acc, top, total,
-        heads, capacity, chunk, scaling * math.log2(math.e),
-        **constants, num_warps=warps, num_stages=3,
-    )  # fmt: skip
-    _join_kernel[(pairs * group, triton.cdiv(dim, BLOCK_D))](
-        acc, top, total, y, count,
-        GROUP=group, DIM=dim, BS=triton.next_power_of_2(count), BD=BLOCK_D, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _split_kernel[(pairs, count)](
+            q, *_words(k), *_words(v), lengths, acc, top, total,
+            heads, capacity, chunk, scaling * math.log2(math.e),
+            **constants, num_warps=warps, num_stages=3,
+        )  # fmt: skip
+        _join_kernel[(pairs * group, triton.cdiv(dim, BLOCK_D))](
+            acc, top, total, y, count,
+            GROUP=group, DIM=dim, BS=triton.next_power_of_2(count), BD=BLOCK_D, num_warps=4,
+        )  # fmt: skip
     return y
 
 

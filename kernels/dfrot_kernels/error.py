@@ -109,10 +109,11 @@ def rotate_quantize_error(
     if rows:
         common = x.dtype if x.dtype == r.dtype else torch.float32
         tile, warps = _launch(rows, common)
-        _error_kernel[(triton.cdiv(rows, tile["BM"]),)](
-            x, r, error, rows, d, clip,
-            SYMMETRIC=symmetric, **tile, **_types(common), num_warps=warps, num_stages=3,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _error_kernel[(triton.cdiv(rows, tile["BM"]),)](
+                x, r, error, rows, d, clip,
+                SYMMETRIC=symmetric, **tile, **_types(common), num_warps=warps, num_stages=3,
+            )  # fmt: skip
     return error
 
 

@@ -98,9 +98,10 @@ def quantize_kv(x: Tensor) -> KV:
     rows = scale.numel()
     if rows:
         launch = _row_launch(rows, dim)
-        _quantize_kernel[launch.grid](
-            x, packed, scale, zero, rows, **launch.constants, num_warps=launch.num_warps
-        )
+        with torch.cuda.device_of(x):
+            _quantize_kernel[launch.grid](
+                x, packed, scale, zero, rows, **launch.constants, num_warps=launch.num_warps
+            )
     return KV(packed, scale, zero)
 
 
@@ -115,9 +116,10 @@ def dequantize_kv(kv: KV, dtype: torch.dtype = torch.float16) -> Tensor:
     rows = kv.scale.numel()
     if rows:
         launch = _row_launch(rows, dim)
-        _dequantize_kernel[launch.grid](
-            *kv, y, rows, **launch.constants, num_warps=launch.num_warps
-        )
+        with torch.cuda.device_of(y):
+            _dequantize_kernel[launch.grid](
+                *kv, y, rows, **launch.constants, num_warps=launch.num_warps
+            )
     return y
 
 
