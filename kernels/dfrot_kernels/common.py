@@ -47,6 +47,7 @@ class Variant:
     num_stages: int = 3
     wgmma: bool = False
     aligned: tuple[str, ...] = field(default=())  # pointers and sizes divisible by 16
+    fp_fusion: bool = True  # False as launched where a fused multiply-add would turn a code
 
 
 def on_device(*tensors: torch.Tensor | None) -> None:

@@ -60,6 +60,7 @@ def compile_variant(variant: Variant, capability: int, module: str = "") -> Repo
     attributes = {(names.index(a),): [["tt.divisibility", 16]] for a in variant.aligned}
     source = ASTSource(variant.kernel, variant.signature, variant.constants, attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options["enable_fp_fusion"] = variant.fp_fusion
     try:
         kernel = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     except Exception as error:
