@@ -17,6 +17,7 @@ NOTEBOOKS = {
     "04_dfrot": (["refined_rotation", "perplexities"], 3000),
     "05_tables": (["paper_tables", "perplexities"], 4000),
     "06_reviewers_questions": (["questions", "invariance"], 4500),
+    "07_int4_kernels": (["int4_kernels", "int4_model", "int4_speed"], 4500),
 }
 # what was asked for: the first four (make figures) unless named
 ASKED = config["notebooks"].split() if config.get("notebooks") else list(NOTEBOOKS)[:4]

@@ -27,6 +27,8 @@ def test_every_notebook_runs_as_the_paper_profile_asks(kind, tmp_path, monkeypat
     for drawing in ("draw", "draw_notebook"):  # every figure is drawn in test_plots
         monkeypatch.setattr(plots, drawing, lambda *_: None)
     for file in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        if file.stem.startswith("07") and kind != "llama":
+            continue  # its kernels are the same for all; packing each family is in test_linears
         known = notebooks.parameters(file)
         given = {k: v for k, v in SMALL.items() if k in known}
         given |= {"model": f"tiny:{kind}", "folder": str(tmp_path)}

@@ -37,6 +37,7 @@ def synthetic(case: str = "full") -> dict[str, dict]:
         "04_dfrot": _refined(rng, massive, seeds, case == "infinite"),
         "05_tables": _tables(seeds, case == "infinite"),
         "06_reviewers_questions": _questions(rng, massive, seeds),
+        "07_int4_kernels": _int4(),
     }
     return json.loads(json.dumps(everything, allow_nan=False))
 
@@ -304,8 +305,42 @@ def _questions(rng, massive, seeds) -> dict:
         ]
         if massive
         else [],
-        "slips": [{"way": w, "ppl": 30.0 + i} for i, w in enumerate(("RH itself", "ours", "QR"))],
+        "slips": [
+            {"way": w, "seed": s, "ppl": 30.0 + i + s} | ({"moved": 0.1 * i} if i else {})
+            for i, w in enumerate(("RH itself", "ours", "QR"))
+            for s in (0, 1)
+        ],
     }
+
+
+def _int4() -> dict:
+    halves = {"low": [3, -7], "high": [-6, 2]}
+    linears = {"fp16": {"linears": 4000, "rest": 1000}, "packed": {"linears": 1024, "rest": 1000}}
+    rows = [
+        {"op": "linear", "who": who, "ours": ours, "shape": "gate", "n": 64, "k": 16, "m": m}
+        | dict.fromkeys(("ms20", "ms50", "ms80"), ms * m)
+        | {"gbs": 5.0, "tflops": 2e-9 * 64 * 16 / ms}
+        for who, ours, ms in (
+            ("F.linear fp32", False, 0.1), ("W4A4", True, 0.2), ("quantize + W4A4", True, 0.25),
+        )
+        for m in (1, 16)
+    ]  # fmt: skip
+    about = {"device": "a CPU", "date": "2026-01-02T00:00:00", "commit": "0" * 8, "dirty": False}
+    speed = {
+        "baseline": "F.linear fp32", "ceilings": {"copy": 10.0, "fp32": 0.1}, "device": "a CPU",
+        "end_to_end": [], "origin": "cpu", "ours": ["W4A4", "quantize + W4A4"],
+        "provenance": about, "rows": rows, "said": "Not measured.", "targets": [],
+    }  # fmt: skip
+    return {
+        "nibbles": {
+            "bytes": [-93, 41], "channels": 16, "codes": halves, "scale": 0.21, "zero": -1,
+            "site": SITES[1], "values": {"low": [0.9, -1.2], "high": [-1.1, 0.6]},
+        },
+        "memory": linears
+        | {"large": {"name": "a model"} | linears}
+        | {"peak": [{"tokens": t, "fp16": 5000 + t, "packed": 2024 + t} for t in (1, 8)]},
+        "speed": speed,
+    }  # fmt: skip
 
 
 RESULTS = {case: synthetic(case) for case in CASES}
@@ -400,7 +435,11 @@ def test_massive_tokens_are_never_thinned_out():
         ("refined_surfaces", lambda r: r["pictures"]["NR"][0].__setitem__(0, 77.7)),
         ("error_by_site", lambda r: [x.update(normal=0.0777) for x in r["errors_by_layer"]]),
         ("begin_of_sequence", lambda r: r["bos"][0].update(ppl=77.7)),
-        ("slips", lambda r: r["slips"][1].update(ppl=77.7)),
+        ("slips", lambda r: [x.update(ppl=77.7) for x in r["slips"]]),
+        ("nibble_packing", lambda r: r["nibbles"].update(scale=0.777)),
+        ("packed_memory", lambda r: r["memory"]["peak"][0].update(fp16=777_000_000)),
+        ("roofline", lambda r: r["speed"]["ceilings"].update(copy=777.0)),
+        ("kernel_speed", lambda r: r["speed"].update(device="77 cards")),
         ("rotation_distance", lambda r: [x.update(relative_distance=0.77) for x in r["losses"]]),
     ],
 )

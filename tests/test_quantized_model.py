@@ -15,7 +15,15 @@ from conftest import NEWLINE, exact, haar, logits, random_tokens, relative
 from dfrot_kernels import hadamard
 from torch import nn
 
-from dfrot_lab import activations, evaluation, massive, models, quantized_model, rotations
+from dfrot_lab import (
+    activations,
+    evaluation,
+    linears,
+    massive,
+    models,
+    quantized_model,
+    rotations,
+)
 from dfrot_lab.models import ModelError
 from dfrot_lab.quantized_model import ModelSpec, build
 from dfrot_lab.quantizers import QuantSpec, fake_quantize, round_to_nearest
@@ -136,7 +144,7 @@ def count_quantizations(monkeypatch) -> list[tuple[int, ...]]:
         calls.append(tuple(x.shape))
         return fake_quantize(x, spec)
 
-    monkeypatch.setattr(quantized_model, "fake_quantize", counting)
+    monkeypatch.setattr(linears, "fake_quantize", counting)
     return calls
 
 

@@ -86,7 +86,7 @@ def test_the_grid_shares_models_and_asks_for_every_row_of_table_1():
     assert changes == len(set(weights)) - 1  # never back to weights that were left
 
 
-def study6(static=0.9, clipped=0.9, away=0.9, swap=False):
+def study6(static=0.9, clipped=0.9, away=0.9, swap=False, ours=29.0):
     names = ("RO", "RH", "DFRot(RH)")
     return {
         "static": [
@@ -109,12 +109,18 @@ def study6(static=0.9, clipped=0.9, away=0.9, swap=False):
             {"rotation": n, "keep": "none", "kl": 1.0 - 0.1 * i, "error": 0.1 * (i if swap else -i)}
             for i, n in enumerate(names)
         ],
+        "slips": [
+            {"way": w, "seed": s, "ppl": ppl + s}
+            for w, ppl in ((questions.OURS, ours), (questions.SYMMETRIC, 30.0))
+            for s in (0, 1)
+        ],
     }
 
 
 @pytest.mark.parametrize(
     ("claim", "broken"),
     [
+        ("The quantizer of the evaluation is the right one in the loop", {"ours": 31.0}),
         ("DFRot also helps static per-tensor steps at 16-8-16", {"static": 1.1}),
         ("DFRot stays ahead when both are clipped at their best", {"clipped": 1.1}),
         ("A rotation refined on one corpus helps on another", {"away": 1.1}),

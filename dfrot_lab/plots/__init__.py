@@ -15,6 +15,13 @@ from matplotlib.figure import Figure
 from dfrot_lab import files, results
 from dfrot_lab.plots import style
 from dfrot_lab.plots.gammas import gamma_sweep, gamma_sweep_w4a4
+from dfrot_lab.plots.int4_kernels import (
+    TIMED,
+    kernel_speed,
+    nibble_packing,
+    packed_memory,
+    roofline,
+)
 from dfrot_lab.plots.invariance import (
     logit_errors,
     magnitude_surfaces,
@@ -73,16 +80,20 @@ __all__ = [
     "exempted_tokens",
     "gamma_sweep",
     "gamma_sweep_w4a4",
+    "kernel_speed",
     "logit_errors",
     "loss_curves",
     "magnitude_surfaces",
     "massive_token",
     "massive_tokens_fp16",
+    "nibble_packing",
     "outliers_by_layer",
+    "packed_memory",
     "ratio_by_kurtosis",
     "recollected",
     "redraw",
     "refined_surfaces",
+    "roofline",
     "rotation_distance",
     "save",
     "slips",
@@ -133,13 +144,20 @@ def save(fig: Figure, name: str, folder: str | Path, caption: str) -> list[Path]
 
 
 def draw_notebook(notebook: str, folder: str | Path) -> list[Path]:
-    """Draw every figure of `notebook` from folder/result.json into folder/figures/."""
+    """Draw every figure of `notebook` from folder/result.json into folder/figures/.
+
+    What was timed is in speed.json beside it, since it differs between runs; the figures that show it are
+    left out where it is not there.
+    """
     names = [name for name, spec in FIGURES.items() if spec.notebook == notebook]
     if not names:
         raise PlotError(
             f"notebook {notebook!r} has no figures: use one of {', '.join(_notebooks())}"
         )
-    result = results.load(folder)
+    result, timed = results.load(folder), Path(folder) / "speed.json"
+    if timed.is_file():
+        result["speed"] = files.read_json(timed)
+    names = [name for name in names if "speed" in result or name not in TIMED]
     return [
         path
         for name in names
