@@ -33,7 +33,7 @@ test-slow: .venv/.ready  ## what takes minutes a test
 lint: .venv/.ready
 	$(BIN)/pip install -q -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
 
 setup: .venv/.ready
 

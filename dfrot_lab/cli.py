@@ -245,9 +245,9 @@ def publish(folder: Path, to: Path) -> None:
     for source in sources:
         target = to / source.parent.name
         target.mkdir(parents=True, exist_ok=True)
-        tables = [p for p in source.parent.glob("tables_*") if p.is_file()]
+        beside = [p for pattern in ("tables_*", "speed.json") for p in source.parent.glob(pattern)]
         figures = source.parent.glob("figures/[!.]*")
-        for file in [source, source.with_name("provenance.json"), *figures, *tables]:
+        for file in [source, source.with_name("provenance.json"), *figures, *beside]:
             shutil.copyfile(file, target / file.name)
         click.echo(target)
 

@@ -185,11 +185,16 @@ def correctness_table(result: dict[str, Any]) -> Table:
 # --- claims ---------------------------------------------------------------------------------------
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:+.2f} %" if math.isfinite(share) else "no bound"
+
+
 def claims(result: dict[str, Any]) -> list[Claim]:
     """The closing table of notebook 07; the paper measures no kernel, so these are what 4 bits promise."""
     held, linears = result["memory"], ratio(result["memory"], "linears")
     large, away = ratio(held["large"]), apart(result)
     ppl = {(r["model"], r["bits"]): r["ppl"] for r in result["perplexity"] if not r["draw"]}
+    means, low, high = (math.expm1(away[k]) for k in ("means", "low", "high"))
     draws = max(r["draw"] for r in result["perplexity"])
     total, equal = (sum(r[k] for r in result["codes"]) for k in ("codes", "equal"))
     by = max(r["by"] for r in result["codes"])
@@ -214,7 +219,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
                 f"The packed model is the fake-quantized one at {bits}",
                 "not claimed: it is what fake quantization stands for",
                 f"perplexity {fake:,.3f} fake-quantized, {packed:,.3f} packed, "
-                f"{packed / fake - 1:+.2%}",
+                f"{_percent(packed / fake - 1)}",
                 "within 0.5 %",
                 abs(packed / fake - 1) <= SAME,
             )
@@ -224,10 +229,10 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         Claim(
             "What sets them apart is a last bit, no more",
             "not claimed",
-            f"means of {1 + draws} each, last bits of the steps changed: {math.expm1(away['means']):+.2%} "
-            f"(95 %: {math.expm1(away['low']):+.2%} to {math.expm1(away['high']):+.2%})",
+            f"means of {1 + draws} each, last bits of the steps changed: {_percent(means)} "
+            f"(95 %: {_percent(low)} to {_percent(high)})",
             "within 0.5 %, or an interval that holds 0",
-            abs(math.expm1(away["means"])) <= SAME or away["low"] <= 0 <= away["high"],
+            abs(means) <= SAME or low <= 0 <= high,
         ),
         Claim(
             "Given equal input, codes are equal up to ties",

@@ -80,15 +80,15 @@ def _scored(model: nn.Module, text: Tensor) -> dict[str, Any]:
 
 
 def _nudged(model: nn.Module, seed: int) -> nn.Module:
-    """A copy whose weights' steps are −1, 0 or 1 unit in fp32's last place off, each at random."""
+    """A copy whose weights' steps are −1, 0 or 1 unit in the last place of its dtype off, at random."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    unit = torch.finfo(next(model.parameters()).dtype).eps
     for module in model.modules():
         if isinstance(module, (QuantLinear, Int4Linear)):
+            off = torch.randint(-1, 2, (module.out_features, 1), generator=generator)
             packed = isinstance(module, Int4Linear)
-            off = torch.randint(-1, 2, (module.out_features,), generator=generator)
-            factor = 1 + off * torch.finfo(torch.float32).eps
-            steps = module.scale if packed else module.weight.data
-            steps.mul_(factor.to(steps.device) if packed else factor.to(steps)[:, None])
+            steps = module.scale[:, None] if packed else module.weight.data
+            steps.mul_((1 + unit * off).to(steps))
     return model
 
 
