@@ -26,6 +26,7 @@ torch.set_num_threads(1)  # everything here is tiny: threads would only wait for
 settings.register_profile("dfrot", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("dfrot")
 
+GUARD = 4096  # numbers behind what a kernel writes
 LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -43,6 +44,37 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned(request, monkeypatch) -> Iterator[None]:
+    """In files marked `poisoned`, new memory holds NaN, or large integers, and as many behind its end.
+
+    An element that a kernel does not write is seen, and so is one that it writes too far.
+    """
+    if request.node.get_closest_marker("poisoned") is None:
+        yield
+        return
+    empty, behind = torch.empty, []
+
+    def fill(t: Tensor) -> Tensor:
+        return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max - 50)
+
+    def poison(*size, **options) -> Tensor:
+        wanted = empty(*size, **options)
+        if wanted.is_meta:
+            return wanted
+        room = fill(empty(wanted.numel() + GUARD, dtype=wanted.dtype))
+        behind.append(room[wanted.numel() :])
+        return room[: wanted.numel()].view(wanted.shape)
+
+    monkeypatch.setattr(torch, "empty", poison)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **k: poison(t.shape, **{"dtype": t.dtype} | k)
+    )
+    yield
+    for guard in behind:
+        assert torch.equal(guard.nan_to_num(7), fill(guard.clone()).nan_to_num(7))
 
 
 @pytest.fixture

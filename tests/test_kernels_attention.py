@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
@@ -18,24 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN in numpy, on purpose
+pytestmark = [
+    pytest.mark.poisoned,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NaN in numpy, on purpose
+]
 SEEDS = st.integers(0, 2**16)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, or 127 in integers: an element that no kernel writes is seen."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
-
-    def fill(t: Tensor) -> Tensor:
-        return t.fill_(torch.nan if t.is_floating_point() else 127)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-        patch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-        patch.setattr(Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
-        yield
 
 
 def same(found: KV, wanted: KV) -> None:
@@ -60,12 +45,10 @@ def rows(seed: int, count: int, d: int, dtype: torch.dtype) -> Tensor:
 @given(SEEDS, st.integers(8, 45), st.sampled_from([2, 6, 64, 80, 96, 128]), st.sampled_from(DTYPES))
 def test_quantize_kv_is_exact(seed, count, d, dtype):
     x = rows(seed, count, d, dtype)
-    with poisoned():
-        found = quantize_kv(x)
+    found = quantize_kv(x)
     same(found, reference.quantize_kv(x))
     for as_type in DTYPES:
-        with poisoned():
-            back = dequantize_kv(found, as_type)
+        back = dequantize_kv(found, as_type)
         wanted = reference.dequantize_kv(found, as_type)
         # the interpreter cuts bits off where it makes bf16; a GPU rounds
         ulp = torch.finfo(as_type).eps if as_type == torch.bfloat16 else 0
@@ -127,11 +110,6 @@ def problem(
     return q, k, v, lengths
 
 
-def attend(*args, **options) -> Tensor:
-    with poisoned():
-        return attention.decode_attention(*args, **options)
-
-
 @settings(max_examples=15)
 @given(
     SEEDS,
@@ -143,7 +121,7 @@ def attend(*args, **options) -> Tensor:
 )
 def test_decode_attention(seed, batch, shape, capacity, d, scaling):
     q, k, v, lengths = problem(seed, batch, *shape, capacity, d)
-    found = attend(q, k, v, lengths, scaling=scaling)
+    found = attention.decode_attention(q, k, v, lengths, scaling=scaling)
     wanted = reference.decode_attention(q, k, v, lengths, scaling=scaling)
     assert not found.isnan().any()
     assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -159,19 +137,20 @@ def test_splits_behind_a_length_change_nothing(capacity):
     lengths = torch.tensor([1, 257, capacity - 1, capacity], dtype=torch.int32)
     assert attention.splits(4, capacity)[0] > 1
     assert_close(
-        attend(q, k, v, lengths),
+        attention.decode_attention(q, k, v, lengths),
         reference.decode_attention(q, k, v, lengths),
         rtol=1e-4,
         atol=1e-5,
     )
-    long = attend(q, k, v, lengths.long() + (lengths == capacity))  # beyond the capacity: all of it
-    assert torch.equal(long, attend(q, k, v, lengths))
+    beyond = lengths.long() + (lengths == capacity)  # the capacity: all of it
+    long = attention.decode_attention(q, k, v, beyond)
+    assert torch.equal(long, attention.decode_attention(q, k, v, lengths))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_has_the_type_of_q(dtype):
     q, k, v, lengths = problem(5, 2, 2, 2, 90, 64, dtype)
-    found = attend(q, k, v, lengths)
+    found = attention.decode_attention(q, k, v, lengths)
     assert found.dtype == dtype
     wanted = reference.decode_attention(q.float(), k, v, lengths)
     eps = torch.finfo(dtype).eps
@@ -189,7 +168,7 @@ def test_rounding_to_fp16_for_the_tensor_cores_costs_a_thousandth(monkeypatch, s
     v.scale[:, :, ::3] *= 0.02
     monkeypatch.setattr(attention, "_types", lambda dtype: types)
     q = q.float()  # so that the result is not rounded to fp16
-    found = attend(q, k, v, lengths)
+    found = attention.decode_attention(q, k, v, lengths)
     wanted = reference.decode_attention(q, k, v, lengths)
     assert ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max() < 1e-3
 
@@ -205,7 +184,7 @@ def test_sharp_attention_and_large_scores():
     k.packed[:, :, 591] = 0x77
     q = q.abs() * 50
     assert_close(
-        attend(q, k, v, lengths),
+        attention.decode_attention(q, k, v, lengths),
         reference.dequantize_kv(v, torch.float32)[:, :, 591].expand_as(q),
         rtol=1e-5,
         atol=1e-5,
@@ -218,10 +197,10 @@ def test_nan_in_an_entry_reaches_its_own_head_only():
     for part in (k, v):
         part.scale.fill_(0.4)
         part.zero.fill_(7)
-    clean = attend(q, k, v, lengths)
+    clean = attention.decode_attention(q, k, v, lengths)
     k.scale[0, 1, 599] = torch.nan
     v.scale[1, 0, 3] = torch.nan
-    found = attend(q, k, v, lengths)
+    found = attention.decode_attention(q, k, v, lengths)
     bad = torch.tensor([[False, False, True, True], [True, True, False, False]])
     assert found[bad].isnan().all() and torch.equal(found[~bad], clean[~bad])
     assert torch.equal(found.isnan(), reference.decode_attention(q, k, v, lengths).isnan())

@@ -16,11 +16,13 @@ from dfrot_kernels import hadamard_tokens as kernel
 from dfrot_kernels.checks import KernelError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_kernels_tokens import DTYPES, SEEDS, assert_alike, assert_same, poisoned, rows
+from test_kernels_tokens import DTYPES, SEEDS, assert_alike, assert_same, rows
 from torch import Tensor
 
-__all__ = ["poisoned"]  # a fixture
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN in numpy, on purpose
+pytestmark = [
+    pytest.mark.poisoned,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NaN in numpy, on purpose
+]
 # n = 2 and blocks of H: 6 = 3·2 and 428 = 107·4; one, two and three factors
 SMALL = [2, 6, 12, 64, 128, 428, 576, 1536, 2048]
 

@@ -257,38 +257,45 @@ def constants(p: Plan, half: int, packed: bool) -> dict[str, Any]:
     return {"PACKED": packed, "EVEN": even, "SPLIT": p.split, **tile}
 
 
+# (tokens, channels, K) of LLaMA-2-7B and LLaMA-3-8B: every tile `plan` takes
+SHAPES = (
+    (2048, 14336, 4096),
+    (512, 4096, 4096),
+    (256, 4096, 4096),
+    (100, 4096, 4096),
+    (64, 4096, 4096),
+    (16, 14336, 4096),
+    (1, 4096, 14336),
+)
+
+
+def variant(
+    name: str, kernel: Any, pointers: dict[str, str], sizes: tuple[str, ...], fixed: dict[str, Any],
+    p: Plan | None = None, **options: Any,
+) -> Variant:  # fmt: skip
+    """A compilation with `pointers` and all `sizes` but M divisible by 16; warps and stages as planned."""
+    signature = pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(fixed, "constexpr")
+    aligned = tuple(a for a in (*pointers, *sizes) if a != "M")
+    if p is not None:
+        options |= {"num_warps": p.warps, "num_stages": p.stages}
+    return Variant(name, kernel, signature, fixed, aligned=aligned, **options)
+
+
 def variants() -> list[Variant]:
-    """Every tile `plan` takes, at sizes of LLaMA-2-7B and LLaMA-3-8B; fp16 out."""
+    """Every tile `plan` takes; fp16 out."""
     names, types = ("p_scale", "p_zero", "p_step", "p_sums"), ("*fp32", "*i32", "*fp32", "*i32")
     pointers = {**dict(zip(names, types, strict=True)), "p_bias": "*fp16"}
-    sizes = dict.fromkeys(("M", "N", "K2"), "i32")
     found = []
     for packed in (False, True):
-        for m, n, k in (
-            (2048, 14336, 4096),
-            (512, 4096, 4096),
-            (256, 4096, 4096),
-            (100, 4096, 4096),
-            (64, 4096, 4096),
-            (16, 14336, 4096),
-            (1, 4096, 14336),
-        ):
+        for m, n, k in SHAPES:
             p = plan(m, n, k)
-            fixed = constants(p, k // 2, packed)
             out = "*fp16" if p.split == 1 else "*i32"
-            signature = {"p_x": "*i8", "p_w": "*i8", **pointers, "p_y": out, **sizes}
-            aligned = tuple(a for a in signature if a != "M")
-            signature |= dict.fromkeys(fixed, "constexpr")
-            kind = "packed" if packed else "codes"
+            every = {"p_x": "*i8", "p_w": "*i8", **pointers, "p_y": out}
+            name = f"matmul {'packed' if packed else 'codes'} {m}x{n}x{k}"
+            fixed = constants(p, k // 2, packed)
             found.append(
-                Variant(
-                    f"matmul {kind} {m}x{n}x{k}", product_kernel, signature, fixed,
-                    p.warps, p.stages, wgmma=True, aligned=aligned,
-                )
-            )  # fmt: skip
+                variant(name, product_kernel, every, ("M", "N", "K2"), fixed, p, wgmma=True)
+            )
+    every = {"p_part": "*i32", **pointers, "p_y": "*fp16"}
     fixed = {"PACKED": False, "SPLIT": 8, "B": FINISH}
-    signature = {"p_part": "*i32", **pointers, "p_y": "*fp16", "M": "i32", "N": "i32"}
-    aligned = tuple(a for a in signature if a != "M")
-    signature |= dict.fromkeys(fixed, "constexpr")
-    found.append(Variant("matmul finish", finish_kernel, signature, fixed, aligned=aligned))
-    return found
+    return [*found, variant("matmul finish", finish_kernel, every, ("M", "N"), fixed)]

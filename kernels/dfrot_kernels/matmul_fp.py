@@ -23,12 +23,14 @@ from dfrot_kernels.matmul import (
     ASSEMBLY,
     FEW,
     FINISH,
+    SHAPES,
     Plan,
     check_weight,
     load,
     side_by_side,
     steps_of,
     tile_of,
+    variant,
 )
 from dfrot_kernels.matmul import plan as integer_plan
 from dfrot_kernels.reference import Weight
@@ -205,34 +207,16 @@ def constants(p: Plan, half: int, dtype: tl.dtype) -> dict[str, Any]:
 
 
 def variants() -> list[Variant]:
-    """Every tile `plan` takes, at sizes of LLaMA-2-7B and LLaMA-3-8B; fp16."""
+    """Every tile `plan` takes; fp16."""
     pointers = {"p_step": "*fp32", "p_bias": "*fp16"}
     found = []
-    for m, n, k in (
-        (2048, 14336, 4096),
-        (512, 4096, 4096),
-        (256, 4096, 4096),
-        (100, 4096, 4096),
-        (64, 4096, 4096),
-        (16, 14336, 4096),
-        (1, 4096, 14336),
-    ):
+    for m, n, k in SHAPES:
         p = plan(m, n, k)
-        fixed = constants(p, k // 2, tl.float16)
         out = "*fp16" if p.split == 1 else "*fp32"
-        signature = {"p_x": "*fp16", "p_w": "*i8", **pointers, "p_y": out}
-        signature |= dict.fromkeys(("M", "N", "K2"), "i32")
-        aligned = tuple(a for a in signature if a != "M")
-        signature |= dict.fromkeys(fixed, "constexpr")
-        found.append(
-            Variant(
-                f"matmul_fp {m}x{n}x{k}", product_kernel, signature, fixed,
-                p.warps, p.stages, aligned=aligned,
-            )
-        )  # fmt: skip
+        every = {"p_x": "*fp16", "p_w": "*i8", **pointers, "p_y": out}
+        fixed = constants(p, k // 2, tl.float16)
+        name = f"matmul_fp {m}x{n}x{k}"
+        found.append(variant(name, product_kernel, every, ("M", "N", "K2"), fixed, p))
+    every = {"p_part": "*fp32", **pointers, "p_y": "*fp16"}
     fixed = {"SPLIT": 8, "B": FINISH}
-    signature = {"p_part": "*fp32", **pointers, "p_y": "*fp16", "M": "i32", "N": "i32"}
-    aligned = tuple(a for a in signature if a != "M")
-    signature |= dict.fromkeys(fixed, "constexpr")
-    found.append(Variant("matmul_fp finish", finish_kernel, signature, fixed, aligned=aligned))
-    return found
+    return [*found, variant("matmul_fp finish", finish_kernel, every, ("M", "N"), fixed)]
