@@ -33,6 +33,8 @@ __all__ = [
     "walk",
 ]
 
+KEPT = 1 << 29  # bytes of a layer's widest inputs that are held; more are computed twice
+
 
 class GPTQError(ValueError):
     """Calibration that GPTQ cannot use; one line: what, which value, what to do."""
@@ -229,6 +231,7 @@ def walk(
             f"{tokens.numel()} calibration tokens for inputs of {widest} channels: use at least {widest}"
         )
     hidden, call = _layer_inputs(model, tokens)
+    room = tokens.numel() * widest * hidden[0].element_size() <= KEPT
     for layer in tqdm(models.layers(model), desc="layers", unit="layer", mininterval=2):
         normed = [layer.attention_norm(h) for h in hidden]
         visit(layer, layer.attention_inputs, iter(normed))
@@ -242,13 +245,12 @@ def walk(
             hidden[i] = hidden[i] + layer.attention_output(x)
         del mixed
         visit(layer, layer.mlp_inputs, (layer.mlp_norm(h) for h in hidden))
-        visit(
-            layer,
-            {"mlp.down_proj": layer.mlp_output},
-            (before_down(_gated(layer, h)) for h in hidden),
-        )
-        for i, h in enumerate(hidden):
-            hidden[i] = h + layer.mlp_output(before_down(_gated(layer, h)))
+        gated = [before_down(_gated(layer, h)) for h in hidden] if room else None
+        again = (before_down(_gated(layer, h)) for h in hidden)
+        visit(layer, {"mlp.down_proj": layer.mlp_output}, iter(gated) if room else again)
+        again = (before_down(_gated(layer, h)) for h in hidden)
+        for i, x in enumerate(gated if room else again):
+            hidden[i] = hidden[i] + layer.mlp_output(x)
 
 
 def _gated(layer: models.Layer, h: Tensor) -> Tensor:

@@ -20,19 +20,29 @@ from dfrot_kernels import reference
 from dfrot_kernels.reference import Weight
 from torch import nn
 
-from benchmarks import cases, end_to_end, gates, kernels, peers, records, shapes, targets, timing
+from benchmarks import (
+    cases,
+    end_to_end,
+    gates,
+    int4_kernels,
+    peers,
+    records,
+    shapes,
+    targets,
+    timing,
+)
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SPEED = ("ms20", "ms50", "ms80", "gbs", "tflops", "share", "bound", "method")
 
 
-def bench(folder: Path, *options: str, script: ModuleType = kernels) -> tuple[int, dict]:
+def bench(folder: Path, *options: str, script: ModuleType = int4_kernels) -> tuple[int, dict]:
     """Exit status and document of a toy run with the torch backend."""
     shared = ("--toy", "--device", "cpu", "--seconds", "0.001", "--out", str(folder))
     backend = () if "--backend" in options else ("--backend", "torch")
     status = script.main([*shared, *backend, *options])
-    name = script.__name__.rsplit(".", 1)[-1]
+    name = script.__name__.rsplit(".", 1)[-1].removeprefix("int4_")
     return status, json.loads((folder / f"{name}.json").read_text())
 
 
@@ -194,7 +204,7 @@ FAULTS = [
 def test_a_broken_op_is_wrong_and_has_no_speed(
     tmp_path, monkeypatch, capsys, op, name, fault, wrong
 ):
-    monkeypatch.setattr(kernels.backends, "get", lambda _: broken(**{name: fault}))
+    monkeypatch.setattr(int4_kernels.backends, "get", lambda _: broken(**{name: fault}))
     status, document = bench(tmp_path, "--only", op, "--m", "17", "--peers")
     rows = document["rows"]
     assert status == 1
@@ -213,7 +223,7 @@ def test_an_op_that_raises_is_a_row(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no such kernel in /usr/lib/kernels\nand so on")
 
-    monkeypatch.setattr(kernels.backends, "get", lambda _: broken(quantize_kv=fails))
+    monkeypatch.setattr(int4_kernels.backends, "get", lambda _: broken(quantize_kv=fails))
     status, document = bench(tmp_path, "--only", "quantize_kv", "--m", "1")
     assert status == 1
     assert [row["gate"] for row in document["rows"]] == ["failed"]
@@ -258,8 +268,10 @@ def test_codes_may_be_off_by_one_step_and_few():
 def test_resume_measures_the_rest_once(tmp_path, monkeypatch):
     options = ("--only", "quantize_int4", "quantize_kv", "--m", "1", "5")
     measured = []
-    timed = kernels.measure
-    monkeypatch.setattr(kernels, "measure", lambda *a, **k: measured.append(1) or timed(*a, **k))
+    timed = int4_kernels.measure
+    monkeypatch.setattr(
+        int4_kernels, "measure", lambda *a, **k: measured.append(1) or timed(*a, **k)
+    )
     _, document = bench(tmp_path, *options, "--budget", "0")
     assert not measured and not document["rows"]
     assert len(document["skipped"]) == 6
@@ -280,7 +292,7 @@ def test_resume_measures_the_rest_once(tmp_path, monkeypatch):
 def test_resume_measures_what_was_wrong_again(tmp_path, monkeypatch):
     options = ("--only", "quantize_kv", "--m", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(kernels.backends, "get", lambda _: broken(quantize_kv=coarse))
+        patch.setattr(int4_kernels.backends, "get", lambda _: broken(quantize_kv=coarse))
         assert bench(tmp_path, *options)[0] == 1
     status, document = bench(tmp_path, *options, "--resume")
     assert status == 0
@@ -288,7 +300,7 @@ def test_resume_measures_what_was_wrong_again(tmp_path, monkeypatch):
 
 
 def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
-    timed, count = kernels.measure, []
+    timed, count = int4_kernels.measure, []
 
     def interrupted(*args, **options):
         count.append(1)
@@ -296,7 +308,7 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return timed(*args, **options)
 
-    monkeypatch.setattr(kernels, "measure", interrupted)
+    monkeypatch.setattr(int4_kernels, "measure", interrupted)
     _, document = bench(tmp_path, "--only", "quantize_int4", "--m", "1", "5")
     assert len(document["rows"]) == 2
     assert document["skipped"] == ["what follows the interruption"]
@@ -337,10 +349,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", ["kernels", "end_to_end"])
+@pytest.mark.parametrize("script", ["int4_kernels", "end_to_end"])
 def test_runs_from_a_bare_checkout(tmp_path, script):
     size = (
-        ["--only", "quantize_int4"] if script == "kernels" else ["--kinds", "W4A4", "--tokens", "9"]
+        ["--only", "quantize_int4"]
+        if script == "int4_kernels"
+        else ["--kinds", "W4A4", "--tokens", "9"]
     )
     fixed = ["--toy", "--device", "cpu", "--backend", "torch", "--seconds", "0.001"]
     command = [sys.executable, "-c", BARE, f"benchmarks/{script}.py", *fixed]
@@ -354,7 +368,7 @@ def test_runs_from_a_bare_checkout(tmp_path, script):
     )
     assert done.returncode == 0, done.stderr
     assert "not measured" in done.stdout
-    assert json.loads((tmp_path / f"{script}.json").read_text())["rows"]
+    assert json.loads((tmp_path / f"{script.removeprefix('int4_')}.json").read_text())["rows"]
 
 
 def row(op: str, who: str, ms: float, *, ours: bool = False, **more) -> dict:

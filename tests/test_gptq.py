@@ -117,6 +117,17 @@ def test_the_layer_walk_follows_the_model(kind):
         torch.testing.assert_close(p, before[name], rtol=0, atol=1e-3)
 
 
+def test_held_inputs_are_those_computed_twice(monkeypatch):
+    tokens = torch.randint(3, 300, (3, 80), generator=torch.Generator().manual_seed(1))
+    weights = []
+    for room in (gptq.KEPT, 0):
+        monkeypatch.setattr(gptq, "KEPT", room)
+        model = models.fold_gains(models.tiny("llama"))
+        gptq.quantize_layers(model, tokens, W4, GPTQ(clip_steps=1))
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize("rotated", [True, False])
 def test_whole_model_error_is_below_rtn(rotated):
     model = models.fold_gains(models.tiny("llama", planted=30))

@@ -213,7 +213,7 @@ def test_peak_counts_what_is_alive_at_once():
 
 
 def documents() -> tuple[dict, dict]:
-    """What benchmarks/kernels.py and end_to_end.py write, with invented numbers."""
+    """What benchmarks/int4_kernels.py and end_to_end.py write, with invented numbers."""
     rows = []
     for shape, n, k in (("llama-3-8b.down", 4096, 14336), ("llama-2-7b.gate", 11008, 4096)):
         for m in (1, 16, 2048):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.poisoned
 SEEDS = st.integers(0, 2**16)
 EVEN = st.integers(1, 260).map(lambda half: 2 * half)
 CASES = settings(max_examples=10)
-# (M, N, K): each tile that `plan` can take, then K in more parts than it has steps
+
 SHAPES = [
     (2048, 14336, 4096),
     (512, 4096, 4096),

@@ -61,3 +61,9 @@ def test_every_deviation_has_its_row():
     ]
     numbers = [int(line.split("|")[1]) for line in rows[1:]]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_no_benchmark_shadows_a_package_that_transformers_looks_for():
+    """A script's own folder is first on the path: `import kernels` in transformers once found ours."""
+    code = "import sys; sys.path.insert(0, 'benchmarks'); from transformers import LlamaConfig"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

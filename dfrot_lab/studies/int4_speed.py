@@ -50,7 +50,7 @@ def speed(device: str, size: tuple[int, int], folder: Path) -> dict[str, Any]:
     size: (hidden, inner) of the model, the shape that a CPU is timed at; folder: for a GPU's own results.
     """
     root = files.project_root()
-    if device != "cpu" and (root / "benchmarks" / "kernels.py").is_file():
+    if device != "cpu" and (root / "benchmarks" / "int4_kernels.py").is_file():
         found = _afresh(root, folder)
     else:
         found = committed(root / COMMITTED) or measured_here(*size)
@@ -65,7 +65,7 @@ def _afresh(root: Path, folder: Path) -> dict[str, Any]:
     """A short run of both benchmarks on this GPU; RuntimeError with their last line where one fails."""
     paths = os.pathsep.join([str(root), str(root / "kernels")])
     for script, *options in (
-        ("kernels.py", "--peers", "cuBLAS", "--shapes", "llama-3-8b.down", "llama-2-7b.gate",
+        ("int4_kernels.py", "--peers", "cuBLAS", "--shapes", "llama-3-8b.down", "llama-2-7b.gate",
          "--only", "linear", "hadamard_quantize", "decode_attention", "--budget", "240"),
         ("end_to_end.py", "--kinds", "fp16", "W4A4"),
     ):  # fmt: skip
@@ -85,7 +85,7 @@ def _afresh(root: Path, folder: Path) -> dict[str, Any]:
             raise RuntimeError(f"benchmarks/{script} stopped: {last}")
     found = committed(folder, "measured")
     if found is None:
-        raise RuntimeError(f"benchmarks/kernels.py left no measurement of a GPU in {folder}")
+        raise RuntimeError(f"benchmarks/int4_kernels.py left no measurement of a GPU in {folder}")
     return found
 
 
@@ -103,7 +103,7 @@ def committed(folder: Path, origin: str = "committed") -> dict[str, Any] | None:
 def from_benchmarks(
     kernels: dict[str, Any], whole: dict[str, Any] | None, origin: str
 ) -> dict[str, Any]:
-    """What the figures need of the documents that benchmarks/kernels.py and end_to_end.py write."""
+    """What the figures need of the documents that benchmarks/int4_kernels.py and end_to_end.py write."""
     about = kernels["provenance"]
     dirty = " with changes" if about["dirty"] else ""
     backend = "the interpreter" if about["interpreted"] else about["backend"]

@@ -1,6 +1,6 @@
 """Speed of the int4 kernels beside every peer that is installed; the README says how to run it.
 
-Needs torch, triton and numpy alone: `PYTHONPATH=.:kernels python benchmarks/kernels.py --out FOLDER`.
+Needs torch, triton and numpy alone: `PYTHONPATH=.:kernels python benchmarks/int4_kernels.py --out FOLDER`.
 Each output is compared with the reference first: a wrong one is reported as wrong, without a speed. Then
 come 20, 50 and 80 % quantiles, the rate as a share of the ceiling measured in the same run, ratios and the
 verdict on each target, in kernels.csv (a row as it comes) and kernels.json.
