@@ -47,7 +47,10 @@ ROTATION_CODE = (
     "dfrot_kernels.hadamard",
     "dfrot_kernels.reference",
     "dfrot_lab.massive",
+    "dfrot_lab.objectives",
+    "dfrot_lab.polar",
     "dfrot_lab.rotations",
+    "dfrot_lab.weighting",
     "dfrot_lab.dfrot",
 )
 
@@ -78,7 +81,7 @@ class Artefacts:
     """Parameters shared by all notebooks.
 
     model: see `models.load`; corpus: see `corpora.load`; seqlen: tokens a window; calibration: windows
-    for R1; iterations and rows: of `dfrot.optimize`; clip_steps: of the weight clip search (0: none);
+    for R1; iterations, rows and solver: of `dfrot.optimize`; clip_steps: of the weight clip search (0: none);
     weight_windows: calibration windows for GPTQ and static steps;
     folder: where everything goes, relative to the project; threads: of torch (a fixed number, since
     sums and so results depend on it).
@@ -91,6 +94,7 @@ class Artefacts:
     calibration_seed: int = 0
     iterations: int = 100
     rows: float = 1.0
+    solver: str = "svd"
     clip_steps: int = 80
     weight_windows: int = 128
     dtype: str = "float32"
@@ -145,9 +149,7 @@ class Artefacts:
         other = replace(
             self, calibration_seed=index, folder=Path(self.folder) / "samples" / str(index)
         )
-        for shared in ("lm", "tokenizer"):
-            other.__dict__[shared] = getattr(self, shared)
-        return other
+        return self._share(other)
 
     def evaluation_tokens(self, windows: int) -> Tensor:
         """The first `windows` windows [windows, seqlen] of the evaluation split; 0: all of it."""
@@ -250,6 +252,20 @@ class Artefacts:
         other = replace(
             self, corpus=corpus, folder=Path(self.folder) / "corpora" / Path(corpus).stem
         )
+        return self._share(other)
+
+    def with_calibration(self, windows: int) -> Artefacts:
+        """The same lab with so many calibration windows for R1, in a folder of its own; shares the model.
+
+        As many normal rows are used as here, drawn from more text; massive rows all the same.
+        """
+        other = replace(
+            self, calibration=windows, rows=self.rows * min(1.0, self.calibration / windows),
+            folder=Path(self.folder) / "calibration" / str(windows),
+        )  # fmt: skip
+        return self._share(other)
+
+    def _share(self, other: Artefacts) -> Artefacts:
         for shared in ("lm", "tokenizer"):
             other.__dict__[shared] = getattr(self, shared)
         return other
@@ -268,11 +284,15 @@ class Artefacts:
         symmetric: bool = False,
         sites: int | None = None,
         qr: bool = False,
+        objective: str = "centroids",
+        relax: float = 1.0,
+        iterations: int | None = None,
     ) -> Path:
         """The safetensors file of a refined R1, taken from artefacts/rotations or optimized now.
 
         form, gamma: see `dfrot.Weighting`; symmetric: the quantizer in the loop, as released; sites: how
-        many of the norm sites are used, evenly spaced (None: all); qr: see `dfrot.optimize`.
+        many of the norm sites are used, evenly spaced (None: all); qr, objective, relax: see
+        `dfrot.optimize`; iterations: other than the lab's.
         """
         start = parse_rotation(name)[1]
         if start is None:
@@ -285,10 +305,18 @@ class Artefacts:
             "form": form,
             "symmetric": symmetric,
         }
-        options |= {"iterations": self.iterations, "rows": self.rows}
+        steps = iterations or self.iterations
+        options |= {"iterations": steps, "rows": self.rows}
         options |= ({"sites": sites} if sites else {}) | ({"qr": True} if qr else {})
+        options |= {"objective": objective} if objective != "centroids" else {}
+        options |= {"relax": str(relax)} if relax != 1 else {}
+        options |= {"solver": self.solver} if self.solver != "svd" else {}
         stem = rotation_stem(start, seed, gamma, form, symmetric)
         stem += (f"-sites{sites}" if sites else "") + ("-qr" if qr else "")
+        stem += f"-{objective}" if objective != "centroids" else ""
+        stem += (f"-relax{relax:g}" if relax != 1 else "") + (
+            f"-{steps}steps" if iterations else ""
+        )
         path = Path(self.folder) / "artefacts" / "rotations" / f"{stem}.safetensors"
         x = self.activations.spaced(sites) if sites else self.activations
         key = self._key(options | {"activations": x.metadata["key"]}, ROTATION_CODE)
@@ -297,7 +325,8 @@ class Artefacts:
                 return path
             r, log = dfrot.optimize(
                 x, rotations.START[start](x.d, seed), spec, weighting,
-                iterations=self.iterations, rows=self.rows, device=self.device, qr=qr,
+                iterations=steps, rows=self.rows, device=self.device, qr=qr,
+                objective=objective, solver=self.solver, relax=relax,
                 checkpoint=path.with_suffix(".checkpoint"), progress=stem,
             )  # fmt: skip
             return rotations.save(path, r, {"key": key, "log": asdict(log)} | options | self.about)

@@ -22,35 +22,19 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from dfrot_lab import files, massive, rotations
+from dfrot_lab import files, objectives, polar, rotations
 from dfrot_lab.activations import Activations, ActivationsError
-from dfrot_lab.quantizers import QuantSpec, fake_quantize
+from dfrot_lab.objectives import Objective
+from dfrot_lab.quantizers import QuantSpec, squared_error
+from dfrot_lab.weighting import Weighting, importance, row_weights, subsample
 
-__all__ = ["Log", "Weighting", "distance", "loss", "optimize", "polar", "row_weights", "subsample"]
+__all__ = ["Log", "Weighting", "distance", "loss", "optimize", "row_weights", "subsample"]
 
-
-_RULES = {"floor": massive.is_massive, "published": massive.published_rule}
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """How massive rows count. gamma: γ ≥ 0, or inf for massive rows alone.
-
-    form "sum": Σ normal + γ² Σ massive, as released. form "group_mean": mean over normal rows + γ² ·
-    mean over massive rows, as the paper writes it. rule: "floor" (`massive.is_massive`) or "published".
-    """
-
-    gamma: float = 100.0
-    form: str = "sum"
-    rule: str = "floor"
-
-    def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma = {self.gamma}: use a number ≥ 0, or inf")
-        if self.form not in ("sum", "group_mean"):
-            raise ValueError(f"form = {self.form!r}: use 'sum' or 'group_mean'")
-        if self.rule not in _RULES:
-            raise ValueError(f"rule = {self.rule!r}: use 'floor' or 'published'")
+SOLVERS, SAMPLINGS = ("svd", "fast"), ("uniform", "importance")
+PIECE = (
+    1 << 20
+)  # numbers of a piece on a CPU: 4 MB in fp32, about what two cores have as second-level cache
+FLUSH = 1 << 14  # rows whose products are added in fp32 before they go to the fp64 sum
 
 
 @dataclass(frozen=True)
@@ -66,69 +50,6 @@ class Log:
     massive_rows: int
 
 
-def row_weights(x: Activations, spec: QuantSpec, weighting: Weighting) -> tuple[list[Tensor], int]:
-    """(w² of every row, one tensor [rows] a chunk; how many rows are massive), for UNROTATED rows.
-
-    Raises ActivationsError for NaN or Inf, or when γ asks for massive rows and there are none.
-    """
-    rule = _RULES[weighting.rule]
-    masks = []
-    for chunk in x.chunks():
-        if not torch.isfinite(chunk).all():
-            raise ActivationsError(
-                "calibration activations hold NaN or Inf: collect them again in float32"
-            )
-        masks.append(rule(chunk, spec))
-    count = sum(int(m.sum()) for m in masks)
-    rows = sum(len(m) for m in masks)
-    if math.isinf(weighting.gamma):
-        if count == 0:
-            raise ActivationsError(
-                "gamma = inf, but no calibration row is massive: use a finite gamma"
-            )
-        normal, heavy = 0.0, 1.0
-    else:
-        normal, heavy = 1.0, weighting.gamma**2
-    if weighting.form == "group_mean":
-        normal, heavy = normal / max(rows - count, 1), heavy / max(count, 1)
-    heavy, normal = torch.tensor([heavy, normal], dtype=torch.float64)
-    return [torch.where(m, heavy, normal) for m in masks], count
-
-
-def subsample(
-    x: Activations,
-    spec: QuantSpec,
-    weighting: Weighting,
-    weights: list[Tensor],
-    share: float,
-    seed: int = 0,
-) -> tuple[Activations, list[Tensor]]:
-    """All massive rows and a random `share` of the normal ones, whose w² grows by 1/share.
-
-    The loss keeps its expectation. Share 1 returns `x` as it is; less gathers the rows in memory.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"rows = {share}: use a share in (0, 1]")
-    if share == 1:
-        return x, weights
-    generator, picked, scaled = torch.Generator().manual_seed(seed), [], []
-    rule = _RULES[weighting.rule]
-    for chunk, w in zip(x.chunks(), weights, strict=True):
-        heavy = rule(chunk, spec)
-        drawn = torch.rand(len(chunk), generator=generator) < share
-        kept = heavy | drawn
-        picked.append(chunk[kept])
-        scaled.append(torch.where(heavy, w, w / share)[kept])
-    few = Activations.of(torch.cat(picked))
-    return few, list(torch.cat(scaled).split(2048))
-
-
-def polar(m: Tensor) -> Tensor:
-    """The orthogonal polar factor UVᵀ of M [d, d], by SVD in fp64: the rotation nearest to M."""
-    u, _, vt = torch.linalg.svd(m.double())
-    return u @ vt
-
-
 def optimize(
     x: Activations,
     start: Tensor,
@@ -137,6 +58,11 @@ def optimize(
     *,
     iterations: int = 100,
     rows: float = 1.0,
+    sampling: str = "uniform",
+    objective: Objective | str = "centroids",
+    solver: str = "fast",
+    relax: float = 1.0,
+    stop: float = 0.0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
@@ -147,16 +73,31 @@ def optimize(
     """Refine `start` [d, d] on `x`; returns (R [d, d] fp64 with max|RᵀR − I| ≤ 1e-12, Log).
 
     spec: the quantizer in the loop, the evaluation's by default in every caller (the released code
-    uses the symmetric one). rows: share of the normal rows used (see `subsample`). dtype: of XR and of
-    XᵀE; sums over rows are fp64. device: where to compute; R comes back to the CPU. checkpoint: state
+    uses the symmetric one). rows, sampling: share of the rows used, and "uniform" or by "importance" (see
+    `weighting.subsample`). objective: one of `objectives.NAMES`, or your own. solver: "svd", the plain
+    writing, or "fast": chunks that fit the cache, sums kept in fp32 for a few of them, `polar.polar`.
+    relax: ω in R ← polar(XᵀW²(XR − ωE)), E = XR − B, 0 < ω < 2: 1 as published; 1.6 needs a quarter of the
+    steps and ends lower (docs/optimiser.md), though no step is then proven to lower the loss.
+    stop: end when ten steps have lowered the loss by less than this share of it; 0 never.
+    dtype: of XR and of XᵀE, bfloat16 for "fast" alone; sums over rows are fp64. device: where to compute;
+    R comes back to the CPU. checkpoint: state
     saved there every `every` iterations and taken up again, to the same bytes, after an interruption; the
     file goes when the run is through. qr: a QR after each SVD, as released; it flips signs of columns.
-    Raises RotationError for a `start` of another size or not
-    orthogonal and ActivationsError for NaN or Inf rows.
+    Raises RotationError for a `start` of another size or not orthogonal, ActivationsError for NaN or Inf
+    rows, ValueError for an unknown name.
     """
+    for name, value, known in (("solver", solver, SOLVERS), ("sampling", sampling, SAMPLINGS)):
+        if value not in known:
+            raise ValueError(f"{name} = {value!r}: use {' or '.join(map(repr, known))}")
+    if not 0 < relax < 2:
+        raise ValueError(f"relax = {relax}: use a number in (0, 2); 1 is the plain step")
+    if dtype == torch.bfloat16 and solver != "fast":
+        raise ValueError("dtype = bfloat16 is for solver 'fast': use float32 or float64")
+    objective = objectives.named(objective, spec) if isinstance(objective, str) else objective
     r = rotations.check(start.double(), x.d, "start").clone()
     weights, count = row_weights(x, spec, weighting)
-    x, weights = subsample(x, spec, weighting, weights, rows)
+    scores = importance(x, r, spec, weights) if sampling == "importance" and rows < 1 else None
+    x, weights = subsample(x, spec, weighting, weights, rows, scores=scores)
     gram = torch.zeros(x.d, x.d, dtype=torch.float64, device=device)
     for chunk, w in _pairs(x, weights, torch.float64, device):
         gram += (chunk * w[:, None]).mT @ chunk
@@ -167,29 +108,41 @@ def optimize(
         )
     log = Log([], [], sum(len(w) for w in weights), count)
     checkpoint = Path(checkpoint) if checkpoint else None
-    settings = f"{spec} {weighting} {dtype} {iterations} {rows} {qr}"
+    settings = (
+        f"{spec} {weighting} {dtype} {iterations} {rows} {sampling} {qr} {solver} {stop} {relax}"
+    )
+    settings += f" {type(objective).__name__} {getattr(objective, 'beta', '')}"
     key = hashlib.sha256(settings.encode() + r.numpy().tobytes() + gram.cpu().numpy().tobytes())
     if checkpoint and checkpoint.exists():
-        r = _resume(checkpoint, key.hexdigest(), log, r)
+        r = _resume(checkpoint, key.hexdigest(), log, r, objective, device)
     r = r.to(device)
+    accumulate, factor = {"svd": (_accumulate, polar.svd), "fast": (_streamed, polar.polar)}[solver]
     first = len(log.rotated)
     bar = tqdm(
         range(first, iterations), desc=progress, initial=first, total=iterations, mininterval=2
     )
     for t in bar:
-        product, error, inner = _accumulate(x, r, weights, spec, dtype)
-        m = gram @ r - product
-        log.quantized.append(error / total)
-        new = polar(m)
+        product, value, error = accumulate(x, r, weights, objective, dtype)
+        m, inner = gram @ r - product, (r * product).sum().item()
+        log.quantized.append(value / total)
+        new = factor(m if relax == 1 else gram @ r - relax * product)
         # ‖W(XR⁺ − B)‖² = tr G + ‖WB‖² − 2⟨R⁺, M⟩ with ‖WB‖² = tr G − 2⟨R, XᵀW²E⟩ + ‖WE‖²
         log.rotated.append((2 * total - 2 * inner + error - 2 * (new * m).sum().item()) / total)
         r = torch.linalg.qr(new).Q if qr else new
         bar.set_postfix(loss=f"{log.rotated[-1]:.5f}", refresh=False)
+        if _settled(log.quantized, stop):
+            break
         if checkpoint and (t + 1) % every == 0 and t + 1 < iterations:
-            _save_state(checkpoint, key.hexdigest(), log, r)
+            _save_state(checkpoint, key.hexdigest(), log, r, objective)
+    bar.close()
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return r.cpu(), log
+
+
+def _settled(losses: list[float], stop: float, over: int = 10) -> bool:
+    """Whether the last `over` steps have lowered the loss by less than the share `stop`."""
+    return stop > 0 and len(losses) > over and losses[-1 - over] - losses[-1] < stop * losses[-1]
 
 
 def _pairs(x: Activations, weights: list[Tensor], dtype: torch.dtype, device) -> Iterator[tuple]:
@@ -198,23 +151,56 @@ def _pairs(x: Activations, weights: list[Tensor], dtype: torch.dtype, device) ->
         yield chunk.to(device, dtype), w.to(device)
 
 
-def _accumulate(x, r, weights, spec, dtype) -> tuple[Tensor, float, float]:
-    """(XᵀW²E [d, d], ‖WE‖², ⟨R, XᵀW²E⟩) for E = XR − Q(XR), summed over chunks in fp64."""
-    rotation, product, error = r.to(dtype), torch.zeros_like(r), 0.0
-    for rows, w in _pairs(x, weights, dtype, r.device):
+def _accumulate(x, r, weights, objective, dtype) -> tuple[Tensor, float, float]:
+    """(XᵀW²E [d, d], Σ w²·objective, ‖WE‖²) for E = XR − G, summed over chunks in fp64."""
+    rotation, product, value, error = r.to(dtype), torch.zeros_like(r), 0.0, 0.0
+    for i, (rows, w) in enumerate(_pairs(x, weights, dtype, r.device)):
         y = rows @ rotation
-        e = y - fake_quantize(y, spec)
-        error += (e.double().square().sum(-1) * w).sum().item()
+        e = y - objective.direction(y, i)
+        squared = e.double().square().sum(-1)
+        value += (objective.loss(y, squared) * w).sum().item()
+        error += (squared * w).sum().item()
         product += (rows.mT @ (e * w[:, None].to(dtype))).double()
-    return product, error, (r * product).sum().item()
+    return product, value, error
+
+
+def _streamed(x, r, weights, objective, dtype) -> tuple[Tensor, float, float]:
+    """As `_accumulate`, in pieces that stay in the cache, whose sums are added up in fp32 before fp64.
+
+    In bf16 the two products take bf16 inputs; Y itself, what is quantized and the sums are fp32.
+    """
+    low = dtype == torch.bfloat16
+    inside = torch.float32 if low else dtype
+    rotation, product = r.to(dtype), torch.zeros_like(r)
+    sums = torch.zeros(2, dtype=torch.float64, device=r.device)  # read once: a GPU need not wait
+    part, since = torch.zeros(r.shape, dtype=inside, device=r.device), 0
+    size = 1 << 30 if r.device.type == "cuda" else max(256, PIECE // x.d)
+    for i, (chunk, w) in enumerate(_pairs(x, weights, inside, r.device)):
+        for j, (rows, share) in enumerate(zip(chunk.split(size), w.split(size), strict=True)):
+            inputs = rows.to(dtype)
+            y = (inputs @ rotation).to(inside)
+            e = y - objective.direction(y, i * 2048 + j)
+            squared = torch.linalg.vector_norm(e, dim=-1).double().square()
+            sums[0] += torch.dot(objective.loss(y, squared), share)
+            sums[1] += torch.dot(squared, share)
+            e.mul_(share.to(inside)[:, None])
+            if low:
+                part += (inputs.mT @ e.to(dtype)).to(inside)
+            else:
+                part.addmm_(inputs.mT, e)
+            since += len(rows)
+            if since >= FLUSH:
+                product += part
+                part.zero_()
+                since = 0
+    return product + part, sums[0].item(), sums[1].item()
 
 
 def loss(x: Activations, r: Tensor, spec: QuantSpec, weighting: Weighting) -> float:
     """Σ w²‖xR − Q(xR)‖² / Σ w²‖x‖² over the rows of `x`, for any rotation R [d, d]."""
     error = total = 0.0
     for chunk, w in zip(x.chunks(), row_weights(x, spec, weighting)[0], strict=True):
-        y = chunk @ r.to(chunk.dtype)
-        error += ((y - fake_quantize(y, spec)).double().square().sum(-1) * w).sum().item()
+        error += (squared_error(chunk @ r.to(chunk.dtype), spec).double() * w).sum().item()
         total += (chunk.double().square().sum(-1) * w).sum().item()
     return error / total
 
@@ -228,8 +214,10 @@ def distance(r: Tensor, start: Tensor) -> dict[str, float]:
     }
 
 
-def _save_state(path: Path, key: str, log: Log, r: Tensor) -> None:
-    state = {"R": r.cpu().contiguous()} | {
+def _save_state(path: Path, key: str, log: Log, r: Tensor, objective: Objective) -> None:
+    grids = getattr(objective, "grids", {})
+    state = {f"grid.{i}": torch.stack(pair).cpu() for i, pair in grids.items()}
+    state |= {"R": r.cpu().contiguous()} | {
         half: torch.tensor(getattr(log, half), dtype=torch.float64)
         for half in ("quantized", "rotated")
     }
@@ -237,11 +225,14 @@ def _save_state(path: Path, key: str, log: Log, r: Tensor) -> None:
         partial.write_bytes(serialize(state, metadata={"key": key}))
 
 
-def _resume(path: Path, key: str, log: Log, r: Tensor) -> Tensor:
+def _resume(path: Path, key: str, log: Log, r: Tensor, objective: Objective, device) -> Tensor:
     """R of the checkpoint, its losses appended to `log`; `r` if it belongs to another optimisation."""
     with safe_open(path, framework="pt") as f:
         if (f.metadata() or {}).get("key") != key:
             return r
         log.quantized.extend(f.get_tensor("quantized").tolist())
         log.rotated.extend(f.get_tensor("rotated").tolist())
+        for name in f.keys():  # noqa: SIM118 (not a dict)
+            if name.startswith("grid."):
+                objective.grids[int(name[5:])] = tuple(f.get_tensor(name).to(device))
         return f.get_tensor("R")

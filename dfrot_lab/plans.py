@@ -20,6 +20,8 @@ from dfrot_lab import (
     evaluation,
     gptq,
     models,
+    objectives,
+    polar,
     profiles,
     quantized_model,
     rotations,
@@ -61,7 +63,7 @@ class Plan:
     def lines(self) -> list[str]:
         """For the terminal."""
         out = [
-            f"memory  {self.memory / 2**30:6.1f} GiB at most (notebook 01, the model twice in fp64)",
+            f"memory  {self.memory / 2**30:6.1f} GiB at most (notebook 01: twice in fp64, once in fp32)",
             f"disk    {self.disk / 2**30:6.1f} GiB of artefacts, besides the model's own files",
             f"window  {self.window:6.1f} s",
         ]
@@ -141,9 +143,10 @@ def _refining(d: int, rows: float, iterations: int, device: str) -> float:
     x = activations.Activations.of(torch.randn(2048, d))
     r = rotations.random_hadamard(d, 0).to(device)
     weights = [torch.ones(2048, dtype=torch.float64)]
-    chunk = _seconds(lambda: dfrot._accumulate(x, r, weights, QuantSpec(), torch.float32), device)
-    svd = _seconds(lambda: dfrot.polar(r), device)
-    return iterations * (rows / 2048 * chunk + svd)
+    centroids = objectives.Centroids(QuantSpec())
+    chunk = _seconds(lambda: dfrot._accumulate(x, r, weights, centroids, torch.float32), device)
+    factor = _seconds(lambda: polar.svd(r), device)
+    return iterations * (rows / 2048 * chunk + factor)
 
 
 def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
@@ -185,10 +188,11 @@ def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
         "06_reviewers_questions": _questions(
             content["notebooks"]["06_reviewers_questions"], t, common
         ),
+        "08_why_it_works": _path(content["notebooks"]["08_why_it_works"], t, common),
     }
     d = config.hidden_size
     disk = 4 * _rows(config, common) * d + 8 * d**2 * (2 * seeds + swept)
-    return Plan(int(BASE + 16 * weights(config)), disk, t.window, notebooks)
+    return Plan(int(BASE + 20 * weights(config)), disk, t.window, notebooks)
 
 
 def _tables(own: dict[str, Any], common: dict[str, Any], t: Speed) -> float:
@@ -221,3 +225,12 @@ def _questions(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
         + builds * t.build
         + refined * t.refine
     )
+
+
+def _path(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
+    """Seconds of notebook 08, see `studies.landscape`: what it shares with 04 is not counted again.
+
+    A point of the path quantizes two texts of as many rows as an iteration of the refinement.
+    """
+    points = len(own["gammas"]) * (1.25 * own["steps"] + 1)
+    return t.window + 2 * points * t.refine / common["iterations"]

@@ -38,6 +38,7 @@ def synthetic(case: str = "full") -> dict[str, dict]:
         "05_tables": _tables(seeds, case == "infinite"),
         "06_reviewers_questions": _questions(rng, massive, seeds),
         "07_int4_kernels": _int4(),
+        "08_why_it_works": _why(rng, massive, seeds, case == "infinite"),
     }
     return json.loads(json.dumps(everything, allow_nan=False))
 
@@ -343,6 +344,84 @@ def _int4() -> dict:
     }  # fmt: skip
 
 
+def _why(rng, massive, seeds, infinite) -> dict:
+    kinds = ("symmetric", "asymmetric")
+    groups = {"normal": 0.012} | ({"massive": 0.003} if massive else {})
+    spread = {n: {"mean": 0.02, "sd": 1e-4, "n": len(seeds)} for n in ("NR", "RO", "RH")}
+    rest = rng.uniform(0.01, 0.9, TOKENS)
+    tokens = {
+        "massive": massive,
+        "breadth": rng.uniform(5, 200, TOKENS).tolist(),
+        "rest": rest.tolist(),
+        "means": [
+            {"quantizer": kind, "group": g, "n": 3, "predicted": 0.02} | spread
+            for kind in kinds
+            for g in groups
+        ],
+        "limits": {"symmetric": 10.9, "asymmetric": 9.6},
+        "d": 576,
+    } | {n: (0.01 + 0.002 * rest).tolist() for n in ("NR", "RO", "RH", "predicted")}
+    points = [
+        {"gamma": gamma, "t": t, "text": text, "loss": 0.01 - 0.004 * t}
+        | {g: e * (1 - 0.4 * t) for g, e in groups.items()}
+        for gamma in ("1.0", "inf")
+        for t in (0.0, 0.5, 1.0, 1.25)
+        for text in ("calibration", "held out")
+    ]
+    swept = [
+        {"start": start, "gamma": g, "ppl": "inf" if infinite and start == "RO" else 30.0 - i}
+        | dict.fromkeys(("calibration", "held out"), groups)
+        for start in ("RH", "RO")
+        for i, g in enumerate(("none", "1.0", "100.0"))
+    ]
+    paper = {"none": 8.1, "1.0": 7.9, "100.0": 7.8}
+    return {
+        "floor": [
+            {"d": d, "quantizer": kind, "floor": 0.02, "RO": 0.0201, "RH": 0.0, "RH2": 0.0199}
+            for d in (256, 4096)
+            for kind in kinds
+        ],
+        "spikes": [
+            {"k": k, "quantizer": kind, "exact": 0.001 * k, "breadth": float(k)}
+            | ({"simulated": 0.00101 * k} if k < 3 else {})
+            for k in (1, 2, 3)
+            for kind in kinds
+        ],
+        "tokens": tokens,
+        "by_share": [
+            {"k": k, "rest": [0.001, 0.1, 1.0], "error": [0.001, 0.005 * k, 0.0141]}
+            for k in (1, 2, 3)
+        ],
+        "rule": {
+            "d": 576,
+            "thresholds": [
+                {"d": d, "quantizer": kind, "threshold": d**0.5 / 7}
+                for d in (256, 576, 4096)
+                for kind in kinds
+            ],
+            "found": {n: dict.fromkeys(kinds, 0.5) for n in ("ours", "published")},
+            "published": {"symmetric": 8.5, "asymmetric": 9.5},
+        },
+        "composed": [
+            {"rotation": n, "group": g, "values": [e] * len(seeds), "mean": e, "sd": 0.0}
+            for n in ("RO", "RH2", "RH")
+            for g, e in groups.items()
+        ],
+        "alike": groups,
+        "path": {"rows": points, "share": 0.002, "continuous": {"1.0": True, "inf": not massive}},
+        "sweep": {
+            "rows": swept,
+            "published": [
+                {"model": m, "start": s} | paper
+                for m in ("LLaMA2-7B", "LLaMA3-8B")
+                for s in ("RH", "RO")
+            ],
+            "windows": 2,
+            "bits": "16-4-16",
+        },
+    }
+
+
 RESULTS = {case: synthetic(case) for case in CASES}
 FULL = RESULTS["full"]
 
@@ -353,7 +432,8 @@ def of(name: str, everything: dict[str, dict] = FULL) -> dict:
 
 WITH_MASSIVE = ["error_scatter", "error_bars_3d", "error_by_layer", "error_quantiles"]
 WITH_MASSIVE += ["ratio_by_kurtosis", "exempted_tokens", "massive_token", "dfrot_scatter"]
-WITH_MASSIVE += ["loss_curves"]
+WITH_MASSIVE += ["loss_curves", "spikes_in_noise", "hadamard_wins", "composed_hadamard"]
+WITH_MASSIVE += ["loss_landscape", "gain_by_weight"]
 
 
 @pytest.mark.parametrize(
@@ -440,6 +520,14 @@ def test_massive_tokens_are_never_thinned_out():
         ("packed_memory", lambda r: r["memory"]["peak"][0].update(fp16=777_000_000)),
         ("roofline", lambda r: r["speed"]["ceilings"].update(copy=777.0)),
         ("kernel_speed", lambda r: r["speed"].update(device="77 cards")),
+        ("gaussian_floor", lambda r: [x["RO"].update(mean=0.0777) for x in r["tokens"]["means"]]),
+        ("spikes_under_hadamard", lambda r: r["tokens"]["limits"].update(symmetric=77.7)),
+        ("spikes_in_noise", lambda r: [x.update(predicted=0.0777) for x in r["tokens"]["means"]]),
+        ("hadamard_wins", lambda r: r["tokens"]["limits"].update(symmetric=77.7)),
+        ("massive_rule", lambda r: r["rule"]["found"]["ours"].update(symmetric=0.077)),
+        ("composed_hadamard", lambda r: r["composed"][0].update(mean=0.0777)),
+        ("loss_landscape", lambda r: r["alike"].update(massive=0.77)),
+        ("gain_by_weight", lambda r: r["sweep"]["rows"][0].update(ppl=77.7)),
         ("rotation_distance", lambda r: [x.update(relative_distance=0.77) for x in r["losses"]]),
     ],
 )

@@ -29,6 +29,7 @@ from dfrot_lab.plots.invariance import (
     top_activations,
 )
 from dfrot_lab.plots.kept_tokens import exempted_tokens, massive_tokens_fp16
+from dfrot_lab.plots.landscape import gain_by_weight, loss_landscape
 from dfrot_lab.plots.paper_tables import calibration_ablation, tables_by_bits
 from dfrot_lab.plots.questions import (
     begin_of_sequence,
@@ -57,6 +58,14 @@ from dfrot_lab.plots.token_errors import (
     error_scatter,
     ratio_by_kurtosis,
 )
+from dfrot_lab.plots.why_it_works import (
+    composed_hadamard,
+    gaussian_floor,
+    hadamard_wins,
+    massive_rule,
+    spikes_in_noise,
+    spikes_under_hadamard,
+)
 
 __all__ = [
     "FIGURES",
@@ -67,6 +76,7 @@ __all__ = [
     "caption",
     "clipping",
     "column_cosines",
+    "composed_hadamard",
     "corpus_transfer",
     "dfrot_perplexity",
     "dfrot_scatter",
@@ -78,12 +88,17 @@ __all__ = [
     "error_quantiles",
     "error_scatter",
     "exempted_tokens",
+    "gain_by_weight",
     "gamma_sweep",
     "gamma_sweep_w4a4",
+    "gaussian_floor",
+    "hadamard_wins",
     "kernel_speed",
     "logit_errors",
     "loss_curves",
+    "loss_landscape",
     "magnitude_surfaces",
+    "massive_rule",
     "massive_token",
     "massive_tokens_fp16",
     "nibble_packing",
@@ -97,6 +112,8 @@ __all__ = [
     "rotation_distance",
     "save",
     "slips",
+    "spikes_in_noise",
+    "spikes_under_hadamard",
     "static_steps",
     "tables_by_bits",
     "task_loss",

@@ -1,0 +1,251 @@
+"""The refinement of R1: the published procedure against ours, time a step and to equal held-back loss.
+
+The published one is our own writing of what DFRot's released code does in a step: each product, copy, SVD
+and QR, in fp32 and on whole matrices. Both start from the same Hadamard and see the same rows, made here
+with massive tokens planted. First the gate: from one rotation, both take the same step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dfrot_lab import dfrot, rotations
+from dfrot_lab.activations import Activations
+from dfrot_lab.massive import is_massive
+from dfrot_lab.quantizers import QuantSpec, fake_quantize
+from dfrot_lab.weighting import Weighting
+
+ALPHA = 100.0  # γ: on the rows, and so squared on the error
+SPEC = QuantSpec(symmetric=True)  # the quantizer that the released code has in its loop
+
+
+def planted(rows: int, d: int, seed: int) -> Tensor:
+    """[rows, d] of norm √d: anisotropic normal rows of some channels' own scale, 0.3 % massive ones."""
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.Generator().manual_seed(d)  # what is the model's own: the same for every seed
+    scale = torch.exp(0.7 * torch.randn(d, generator=shared))
+    mix = torch.randn(16, d, generator=shared)
+    x = torch.randn(rows, d, generator=g).mul_(scale)
+    x += torch.randn(rows, 16, generator=g) @ mix
+    where = torch.randperm(d, generator=shared)[:4]
+    few = torch.randperm(rows, generator=g)[: max(1, round(0.003 * rows))]
+    x[few[:, None], where] += torch.tensor([40.0, -25.0, 15.0, 8.0]) * math.sqrt(d)
+    return x.mul_(math.sqrt(d) / x.norm(dim=-1, keepdim=True))
+
+
+def published_step(normal: Tensor, massive: Tensor, r: Tensor) -> Tensor:
+    """One iteration as released: nine products with all rows, an SVD and a QR, all in fp32.
+
+    Counted by rows: the losses of normal and of massive rows with R as it is (1), the weighted rows put
+    together and rotated (2), quantized, Procrustes (3); with the new R the loss on the same codes (4), on
+    new ones (5), of normal and of massive rows (6), then the same for the test whether to accept (7, 8),
+    and the rotated rows for the log (9).
+    """
+
+    def losses(rotation: Tensor) -> None:
+        for part in (normal, massive):
+            y = part @ rotation
+            (y - fake_quantize(y, SPEC)).square().sum(-1).mean()
+
+    losses(r)
+    a = torch.cat([normal, massive * ALPHA])
+    y = a @ r
+    b = fake_quantize(y, SPEC)
+    u, _, vt = torch.linalg.svd(a.mT @ b)
+    new = torch.linalg.qr(u @ vt).Q
+    (a @ new - b).square().sum(-1).mean()
+    y = a @ new
+    (y - fake_quantize(y, SPEC)).square().sum(-1).mean()
+    losses(new)
+    losses(new)
+    y = a @ new
+    (y - fake_quantize(y, SPEC)).square().sum(-1).mean()
+    a @ new
+    return new
+
+
+def plain_step(a: Tensor, r: Tensor) -> Tensor:
+    """The same step with what it needs: two products on whole matrices and an SVD, fp32."""
+    b = fake_quantize(a @ r, SPEC)
+    u, _, vt = torch.linalg.svd(a.mT @ b)
+    return u @ vt
+
+
+def clock(call: Callable, args: tuple, device: str, steps: int) -> float:
+    """Median seconds of `steps` calls, each waited for; one before the clock."""
+    call(*args)
+    times = []
+    for _ in range(steps):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(*args)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ours(x: Activations, start: Tensor, dtype: torch.dtype, device: str, steps: int) -> list[float]:
+    """Seconds of each of `steps` steps of `dfrot.optimize`, set-up (the Gram matrix) left out."""
+    times, factor = [], dfrot.polar.polar
+
+    def marked(m: Tensor) -> Tensor:
+        q = factor(m)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return q
+
+    dfrot.polar.polar = marked
+    try:
+        dfrot.optimize(
+            x, start, SPEC, Weighting(ALPHA), iterations=steps + 1, dtype=dtype, device=device
+        )
+    finally:
+        dfrot.polar.polar = factor
+    return [b - a for a, b in itertools.pairwise(times)]
+
+
+def gate(d: int, device: str) -> dict[str, float]:
+    """Largest difference of the rotations after one step from RH, ours against the plain SVD's in fp64."""
+    x = planted(20 * d, d, 1)
+    start = rotations.random_hadamard(d, 0)
+    exact, found = (
+        dfrot.optimize(
+            Activations.of(x.double()), start, SPEC, Weighting(ALPHA), iterations=1, solver=solver,
+            dtype=torch.float64, device=device,
+        )[0]
+        for solver in ("svd", "fast")
+    )  # fmt: skip
+    return {"entries": (found - exact).abs().max().item()}
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(normal, massive) rows, by the rule of this package."""
+    heavy = torch.cat([is_massive(part, SPEC) for part in x.split(2048)])
+    return x[~heavy], x[heavy]
+
+
+def measure(d: int, rows: int, steps: int, device: str, low: bool) -> dict:
+    """One row of the table."""
+    x, start = planted(rows, d, 0), rotations.random_hadamard(d, 0)
+    r = start.float().to(device)
+    normal, massive = (part.to(device) for part in split(x))
+    row: dict = {"d": d, "rows": rows, "massive": len(massive)}
+    row["published s"] = clock(published_step, (normal, massive, r), device, steps)
+    normal = torch.cat([normal, massive * ALPHA])  # in the place of the old, which is freed
+    row["two products s"] = clock(plain_step, (normal, r), device, steps)
+    del normal
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if low else {})
+    wrapped = Activations.of(x)
+    for name, dtype in kinds.items():
+        row[f"{name} s"] = statistics.median(ours(wrapped, start, dtype, device, steps))
+        row[f"{name} ratio"] = row["published s"] / row[f"{name} s"]
+    return row
+
+
+def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) -> dict:
+    """Seconds until the held-back loss is what `iterations` published steps reach, and both ends."""
+    x, held = planted(rows, d, 0), Activations.of(planted(16384, d, 7))
+    start, weighting = rotations.random_hadamard(d, 0), Weighting(ALPHA)
+    normal, massive = (part.to(device) for part in split(x))
+    r, began = start.float().to(device), time.perf_counter()
+    for _ in tqdm(range(iterations), desc="published"):
+        r = published_step(normal, massive, r)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    row = {
+        "d": d,
+        "rows": rows,
+        "iterations": iterations,
+        "published s": time.perf_counter() - began,
+    }
+    row["published loss"] = dfrot.loss(held, r.double().cpu(), SPEC, weighting)
+    row["published off"] = rotations.orthogonality_error(r.double().cpu())
+    wanted, x = row["published loss"], Activations.of(x)
+    dtype = torch.bfloat16 if low else torch.float32
+    ways = {
+        "fp32": {},
+        "fast": {"rows": 0.125, "sampling": "importance", "dtype": dtype},
+    }
+    for name, options in ways.items():
+        for count in (5, 8, 12, 17, 23, 30, 40, 60, 100):
+            began = time.perf_counter()
+            r, _ = dfrot.optimize(
+                x, start, SPEC, weighting, iterations=count, device=device, progress=name, **options
+            )
+            seconds = time.perf_counter() - began
+            found = dfrot.loss(held, r, SPEC, weighting)
+            if found <= wanted * 1.001:
+                break
+        row |= {
+            f"{name} s": seconds, f"{name} steps": count, f"{name} loss": found,
+            f"{name} off": rotations.orthogonality_error(r),
+            f"{name} ratio": row["published s"] / seconds if found <= wanted * 1.001 else math.nan,
+        }  # fmt: skip
+    return row
+
+
+def shown(rows: list[dict]) -> None:
+    """A table on the terminal."""
+    for row in rows:
+        print(
+            "  ".join(
+                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+            )
+        )
+
+
+@click.command()
+@click.option("--sizes", default="576:61440,1024:131072,2048:131072", help="d:rows, by commas.")
+@click.option("--equal", default="576:61440:30", help="d:rows:iterations of the run to equal loss.")
+@click.option("--steps", default=3, help="Timed steps.")
+@click.option("--device", default="cpu")
+@click.option("--threads", default=2)
+@click.option("--bf16/--no-bf16", default=None, help="Default: where the processor multiplies it.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers (.json).")
+def main(
+    sizes: str,
+    equal: str,
+    steps: int,
+    device: str,
+    threads: int,
+    bf16: bool | None,
+    out: Path | None,
+) -> None:
+    """Gate, then the time of a step at each size, then the time to equal held-back loss."""
+    torch.set_num_threads(threads)
+    if bf16 is None:
+        bf16 = (
+            device == "cuda"
+            or torch.cpu._is_avx512_bf16_supported()
+            or torch.cpu._is_amx_tile_supported()
+        )
+    checked = gate(256, device)
+    assert checked["entries"] < 1e-8, f"the fast step is not the plain one: {checked}"
+    print(f"gate: largest difference of R after a step {checked['entries']:.1e}")
+    found = {"gate": checked, "steps": [], "equal": []}
+    for size in filter(None, sizes.split(",")):
+        found["steps"].append(measure(*map(int, size.split(":")), steps, device, bf16))
+        shown(found["steps"][-1:])
+    for size in filter(None, equal.split(",")):
+        found["equal"].append(to_equal_loss(*map(int, size.split(":")), device, bf16))
+        shown(found["equal"][-1:])
+    if out:
+        out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

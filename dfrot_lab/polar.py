@@ -1,0 +1,152 @@
+"""Polar: the orthogonal polar factor UVᵀ of a square matrix M = U S Vᵀ, the rotation nearest to it.
+
+    polar(M) = argmax over RᵀR = I of tr(RᵀM)
+
+An SVD gives it and does more than is asked. `products` needs matrix products alone: X ← X·p(XᵀX), with the
+p of degree 2 that brings all singular values in [ℓ, u] nearest to 1, step by step (Polar Express, Amsel et
+al., arXiv 2505.16932). An ℓ above the least singular value would leave a matrix that is not orthogonal, so
+every result is checked, and `newton`, scaled Newton iterations (Higham, 1986), takes over, then `svd`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["newton", "polar", "products", "residual", "svd"]
+
+ORTHOGONAL = 1e-13  # max|QᵀQ − I| that is accepted, for d up to a few thousand
+SYMMETRIC = 1e-12  # max|QᵀM − MᵀQ| / ‖M‖: the polar factor's partner QᵀM is symmetric
+LEAST = 1e-15  # σ_min/σ_max below which fp64 knows no polar factor
+LARGE = (
+    3000  # d from which products are faster than LAPACK's SVD on a CPU (benchmarks/optimiser.py)
+)
+
+
+def polar(m: Tensor) -> Tensor:
+    """The orthogonal polar factor [d, d], fp64, of M [d, d] on any device; RᵀR = I to 1e-12.
+
+    Products on a GPU and for large M, with scaled Newton and SVD to fall back on; SVD for small M on a
+    CPU, where it is the fastest of the three. Raises ValueError for NaN or Inf in M.
+    """
+    m = m.double()
+    if not torch.isfinite(m).all():
+        raise ValueError("a matrix with NaN or Inf has no polar factor: check the activations")
+    if m.device.type == "cpu" and len(m) < LARGE:
+        return svd(m)
+    for method in (products, newton):
+        q = method(m)
+        if q is not None and _is_polar(q, m):
+            return q
+    return svd(m)
+
+
+def svd(m: Tensor) -> Tensor:
+    """UVᵀ by SVD in fp64, the reference; right for singular M too, where it is one of many."""
+    u, _, vt = torch.linalg.svd(m.double())
+    return u @ vt
+
+
+def residual(q: Tensor) -> float:
+    """max|QᵀQ − I|."""
+    gram = q.mT @ q
+    gram.diagonal().sub_(1)
+    return gram.abs().max().item()
+
+
+def _is_polar(q: Tensor, m: Tensor) -> bool:
+    """Whether Q is orthogonal and QᵀM symmetric, with eigenvalues that are not negative by their sum.
+
+    Every iteration here keeps the sign of singular values, so symmetry is what is left to check.
+    """
+    size = torch.linalg.matrix_norm(m).item()
+    h = q.mT @ m
+    return (
+        residual(q) < ORTHOGONAL * max(1, len(m) / 1000)
+        and (h - h.mT).abs().max().item() <= SYMMETRIC * size
+    )
+
+
+def _minimax(low: float, high: float) -> tuple[float, float, float, float]:
+    """(a, b, c, e): p(x) = ax + bx³ + cx⁵ nearest to 1 on [low, high], off by ±e at four points (Remez)."""
+    points = np.array([low, low + (high - low) / 3, low + 2 * (high - low) / 3, high])
+    signs = np.array(
+        [1.0, -1.0, 1.0, -1.0]
+    )  # p = 1 − e at low: singular values there are the slowest
+    for _ in range(50):
+        system = np.stack([points, points**3, points**5, signs], 1)
+        a, b, c, e = np.linalg.solve(system, np.ones(4))
+        disc = 9 * b * b - 20 * a * c  # p′ = a + 3bx² + 5cx⁴ vanishes at the two inner points
+        if disc < 0 or c == 0:
+            break
+        roots = np.sqrt(
+            np.sort(np.abs([(-3 * b - math.sqrt(disc)), (-3 * b + math.sqrt(disc))] / (10 * c)))
+        )
+        moved = np.array([low, *roots, high])
+        if np.abs(moved - points).max() < 1e-12 * high:
+            break
+        points = moved
+    return float(a), float(b), float(c), float(abs(e))
+
+
+@lru_cache
+def _schedule(least: float) -> tuple[tuple[float, float, float], ...]:
+    """Polynomials that bring singular values in [least, 1] to 1 within rounding."""
+    low, found = least, []
+    while 1 - low > 1e-16 and len(found) < 60:
+        if 1 - low < 0.1:  # from here on the Taylor polynomial of 1/√x converges by the third power
+            found += [(15 / 8, -10 / 8, 3 / 8)] * 3
+            break
+        a, b, c, e = _minimax(low, 1.0)
+        high = (1 + e) * 1.001  # a little more, so that rounding leaves no singular value above 1
+        found.append((a / high, b / high, c / high))
+        low = (1 - e) / high
+    return tuple(found)
+
+
+def products(m: Tensor, least: float = 1e-6) -> Tensor | None:
+    """The polar factor by products alone, three of [d, d] a step; None where it does not get there.
+
+    least: a lower bound of σ_min over the upper bound of σ_max taken here, √(‖M‖₁‖M‖∞); tried again,
+    10⁵ times smaller, while the result is not orthogonal, down to what fp64 can tell from zero.
+    """
+    bound = math.sqrt(
+        torch.linalg.matrix_norm(m, 1).item() * torch.linalg.matrix_norm(m, torch.inf).item()
+    )
+    if not bound:
+        return None
+    while least >= LEAST / 10:
+        x = m / bound
+        for a, b, c in _schedule(least):
+            gram = x.mT @ x
+            poly = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            poly.diagonal().add_(a)
+            x = x @ poly
+        if residual(x) < ORTHOGONAL * max(1, len(m) / 1000):
+            return x
+        least *= 1e-5
+    return None
+
+
+def newton(m: Tensor, steps: int = 30) -> Tensor | None:
+    """X ← (γX + X⁻ᵀ/γ)/2 with γ⁴ = ‖X⁻¹‖₁‖X⁻¹‖∞/(‖X‖₁‖X‖∞); None for a singular M."""
+    x, last = m, math.inf
+    for _ in range(steps):
+        inverse, info = torch.linalg.inv_ex(x)
+        if info.item() or not torch.isfinite(inverse).all():
+            return None
+        norms = [torch.linalg.matrix_norm(t, p) for t in (inverse, x) for p in (1, torch.inf)]
+        ratio = (norms[0] * norms[1] / (norms[2] * norms[3])).item()
+        scale = ratio**0.25 if last > 1e-2 else 1.0
+        new = (x * scale + inverse.mT / scale) / 2
+        moved = ((new - x).abs().max() / new.abs().max()).item()
+        x = new
+        if moved < 1e-14 or (moved >= last and moved < 1e-10):
+            break
+        last = moved
+    # one step of Newton–Schulz takes what rounding left
+    return 1.5 * x - 0.5 * x @ (x.mT @ x)

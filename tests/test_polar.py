@@ -1,0 +1,107 @@
+"""The polar factor, three ways, at any conditioning; and that a wrong result is seen."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import haar, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfrot_lab import polar, rotations
+
+FP64 = torch.float64
+METHODS = [polar.svd, polar.newton, polar.products]
+
+
+def graded(d: int, decades: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(M, its polar factor, its singular values from 1 to 10^−decades, times a power of ten)."""
+    u, v = haar(max(d, 2), seed), haar(max(d, 2), seed + 1)
+    s = torch.logspace(0, -decades, len(u), dtype=FP64) * 10 ** (seed % 7 - 3)
+    return (u * s) @ v.mT, u @ v.mT, s
+
+
+@pytest.mark.parametrize("method", [*METHODS, polar.polar], ids=lambda f: f.__name__)
+@given(st.integers(1, 40), st.floats(0, 14), st.integers(0, 99))
+def test_it_is_the_nearest_rotation_at_any_conditioning(method, d, decades, seed):
+    m, wanted, s = graded(d, decades, seed)
+    q = method(m)
+    assert rotations.orthogonality_error(q) < 1e-12
+    assert (q * m).sum().item() == pytest.approx(s.sum().item(), rel=1e-10)  # the maximum: Σσ
+    if decades < 6:
+        assert (q - wanted).abs().max() < 1e-8
+        assert (q - torch.from_numpy(scipy.linalg.polar(m.numpy())[0])).abs().max() < 1e-8
+    if method in (polar.svd, polar.newton):
+        h = q.mT @ m  # symmetric and positive, as a polar factor's partner
+        assert (h - h.mT).abs().max() < 1e-12 * s.max()
+        assert relative(q, wanted) < 1e-14 * 10**decades + 1e-12
+
+
+@pytest.mark.parametrize("decades", [0, 5.9, 10, 14])
+def test_the_fast_path_is_the_svd(monkeypatch, decades):
+    """As on a GPU, at a size where the products' own rounding would show."""
+    monkeypatch.setattr(polar, "LARGE", 0)
+    m, wanted, _ = graded(300, decades, 4)
+    q = polar.polar(m)
+    assert rotations.orthogonality_error(q) < 1e-12
+    assert (q * m).sum().item() == pytest.approx((polar.svd(m) * m).sum().item(), rel=1e-10)
+    if decades < 6:
+        assert (q - polar.svd(m)).abs().max() < 1e-8
+        assert (q - wanted).abs().max() < 1e-8
+
+
+def test_a_least_singular_value_that_is_too_large_is_seen_and_lowered(monkeypatch):
+    m, _, _ = graded(30, 9, 1)
+    schedules, real = [], polar._schedule
+    monkeypatch.setattr(polar, "_schedule", lambda least: schedules.append(least) or real(least))
+    q = polar.products(m, least=1e-2)
+    assert len(schedules) > 1 and rotations.orthogonality_error(q) < 1e-12
+    x = m / m.norm()
+    for a, b, c in real(1e-2):
+        gram = x.mT @ x
+        x = x @ (a * torch.eye(30, dtype=FP64) + b * gram + c * gram @ gram)
+    assert polar.residual(x) > 0.01  # what would have been returned unchecked
+
+
+@pytest.mark.parametrize("broken", [["products"], ["products", "newton"]])
+def test_a_method_that_fails_gives_way_to_the_next(monkeypatch, broken):
+    m, wanted, _ = graded(20, 3, 2)
+    monkeypatch.setattr(polar, "LARGE", 0)
+    for i, name in enumerate(broken):
+        wrong = None if i else wanted @ haar(20, 9)  # orthogonal, and not the polar factor
+        monkeypatch.setattr(polar, name, lambda m, wrong=wrong: wrong)
+    assert (polar.polar(m) - wanted).abs().max() < 1e-12
+
+
+@settings(max_examples=30)
+@given(st.floats(1e-14, 0.9))
+def test_every_singular_value_ends_at_one(least):
+    s = np.geomspace(least, 1, 400)
+    for a, b, c in polar._schedule(least):
+        s = a * s + b * s**3 + c * s**5
+        assert (s > 0).all() and (s < 1 + 1e-12).all()
+    assert np.abs(s - 1).max() < 1e-14
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_a_singular_matrix_gets_a_rotation_that_is_optimal(monkeypatch, rank, large):
+    monkeypatch.setattr(polar, "LARGE", large)
+    u, v = haar(9, 1), haar(9, 2)
+    m = u[:, :rank] @ v[:, :rank].mT
+    q = polar.polar(m)
+    assert rotations.orthogonality_error(q) < 1e-12
+    assert (q * m).sum().item() == pytest.approx(rank, abs=1e-12)
+
+
+def test_it_takes_fp32():
+    m = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(polar.polar(m), polar.polar(m.double()))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_is_refused(bad):
+    m = torch.eye(4)
+    m[1, 2] = bad
+    with pytest.raises(ValueError, match="NaN or Inf has no polar factor"):
+        polar.polar(m)
