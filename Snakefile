@@ -19,13 +19,14 @@ NOTEBOOKS = {
     "06_reviewers_questions": (["questions", "invariance"], 4500),
     "07_int4_kernels": (["int4_kernels", "int4_model", "int4_speed"], 4500),
     "08_why_it_works": (["why_it_works", "landscape", "perplexities"], 3000),
+    "09_objectives": (["objectives", "perplexities"], 5500),
 }
 # what was asked for: the first four (make figures) unless named
 ASKED = config["notebooks"].split() if config.get("notebooks") else list(NOTEBOOKS)[:4]
 # what a rule's numbers depend on; plots and the command line are not among it
 KERNELS = ["checks", "hadamard", "reference"]
-CORE = ["activations", "architectures", "artefacts", "assets", "corpora", "dfrot", "evaluation", "files", "gptq", "hessians", "kv_cache", "linears"]
-CORE += ["lab", "massive", "models", "paper"]
+CORE = ["activations", "architectures", "artefacts", "assets", "cayley", "corpora", "dfrot", "evaluation", "files", "gptq", "hessians", "kv_cache", "linears"]
+CORE += ["lab", "massive", "models", "objectives", "paper", "polar", "prefix", "presets", "weighting"]
 CORE += ["geodesics", "quantized_model", "quantizers", "results", "rotations", "theory", "wikipedia"]
 CODE = [f"kernels/dfrot_kernels/{m}.py" for m in KERNELS] + [f"dfrot_lab/{m}.py" for m in CORE]
 DRAWING = ["dfrot_lab/data/paper.json", "dfrot_lab/data/captions.yml", "dfrot_lab/data/style.mplstyle", "dfrot_lab/tables.py"]
@@ -81,7 +82,7 @@ rule rotations:  # one job: each takes seconds here, and on a GPU less than star
 rule notebook:
     input:
         f"{HOME}/artefacts/activations.safetensors",
-        lambda w: rules.rotations.output if w.notebook in ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works") else [],
+        lambda w: rules.rotations.output if w.notebook in ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives") else [],
         lambda w: [f"dfrot_lab/studies/{m}.py" for m in NOTEBOOKS[w.notebook][0]],
         SOURCES,
         str(profiles.path(PROFILE)),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from scipy.stats import t as student
@@ -14,7 +16,18 @@ from torch.nn import functional as F
 
 from dfrot_lab import models
 
-__all__ = ["Perplexity", "paired_difference", "perplexity", "spread", "window_kl", "window_nll"]
+if TYPE_CHECKING:
+    from transformers import Cache
+
+__all__ = [
+    "Perplexity",
+    "paired_difference",
+    "perplexity",
+    "spread",
+    "window_kl",
+    "window_nll",
+    "with_cache",
+]
 
 
 @dataclass(frozen=True)
@@ -31,20 +44,34 @@ class Perplexity:
 
 
 @torch.inference_mode()
-def window_nll(model: nn.Module, window: Tensor, rows: int = 1024, block: int = 4096) -> float:
+def window_nll(
+    model: nn.Module,
+    window: Tensor,
+    rows: int = 1024,
+    block: int = 4096,
+    past: Cache | None = None,
+) -> float:
     """Mean −log p(token_i | tokens_<i) in nats over i = 1…n−1 of one window [n].
 
     The head is applied to `rows` positions and `block` words of the vocabulary at a time: the logits of
     a window would take 0.4 GB here, gigabytes with larger vocabularies, and more time than their product.
+    past: keys and values of a prefix, to which the window's are appended.
     """
     device = next(model.parameters()).device
     tokens = window[None].to(device)
     base = model.get_submodule(models.architecture(model).layers.split(".")[0])
-    hidden = base(tokens, use_cache=False).last_hidden_state[0, :-1]
+    given = {"use_cache": False} if past is None else with_cache(base, past)
+    hidden = base(tokens, **given).last_hidden_state[0, :-1]
     targets, total = tokens[0, 1:], 0.0
     for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
         total += _nll(h, y, models.head(model), block).double().sum().item()
     return total / len(targets)
+
+
+def with_cache(base: nn.Module, past: Cache) -> dict[str, object]:
+    """Arguments that append to `past`; the name changed in transformers 5.24."""
+    known = inspect.signature(base.forward).parameters
+    return {"use_cache": True, "cache" if "cache" in known else "past_key_values": past}
 
 
 def _nll(h: Tensor, y: Tensor, lm_head: nn.Linear, block: int) -> Tensor:

@@ -15,7 +15,14 @@ from typing import Any
 from dfrot_lab import files, paper
 from dfrot_lab.results import ResultError
 
-__all__ = ["Table", "claims_table", "intervals_table", "paper_table", "perplexity_table"]
+__all__ = [
+    "Table",
+    "claims_table",
+    "intervals_table",
+    "methods_table",
+    "paper_table",
+    "perplexity_table",
+]
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,22 @@ def perplexity_table(result: dict[str, Any]) -> Table:
     )
     numeric = frozenset(range(len(header) - (4 if gamma else 3), len(header)))
     return Table("Perplexity by rotation, mean and sd over n seeds", header, rows, numeric)
+
+
+def methods_table(result: dict[str, Any]) -> Table:
+    """Notebook 09: a row a method, cost and what it buys, mean ± sd over seeds."""
+    columns = {"ppl": f"{result['confirm'][0]['bits']}, GPTQ", "ppl_w16": "16-4-16"}
+    columns |= {"kl_w16": "KL at 16-4-16", "ppl_second": "16-4-16, second corpus"}
+    rows = []
+    for r in result["pareto"]:
+        cells = [r["method"], _number(r["cost"], ".2f")]
+        for key in columns:
+            form = ".4f" if key == "kl_w16" else ".2f"
+            s = r.get(key)
+            cells.append(f"{_number(s['mean'], form)} ± {_number(s['sd'], form)}" if s else "")
+        rows.append(tuple(cells))
+    header = ("method", "cost [TFLOP]", *columns.values())
+    return Table("Objectives compared", header, tuple(rows), frozenset(range(1, len(header))))
 
 
 def paper_table(result: dict[str, Any]) -> Table:

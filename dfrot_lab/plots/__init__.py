@@ -30,6 +30,7 @@ from dfrot_lab.plots.invariance import (
 )
 from dfrot_lab.plots.kept_tokens import exempted_tokens, massive_tokens_fp16
 from dfrot_lab.plots.landscape import gain_by_weight, loss_landscape
+from dfrot_lab.plots.objectives import cost_and_quality, objective_screening, prefix_in_cache
 from dfrot_lab.plots.paper_tables import calibration_ablation, tables_by_bits
 from dfrot_lab.plots.questions import (
     begin_of_sequence,
@@ -78,6 +79,7 @@ __all__ = [
     "column_cosines",
     "composed_hadamard",
     "corpus_transfer",
+    "cost_and_quality",
     "dfrot_perplexity",
     "dfrot_scatter",
     "draw",
@@ -102,8 +104,10 @@ __all__ = [
     "massive_token",
     "massive_tokens_fp16",
     "nibble_packing",
+    "objective_screening",
     "outliers_by_layer",
     "packed_memory",
+    "prefix_in_cache",
     "ratio_by_kurtosis",
     "recollected",
     "redraw",

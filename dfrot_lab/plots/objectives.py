@@ -1,0 +1,165 @@
+"""Figures of notebook 09: the screening of objectives, and cost against quality."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from dfrot_lab.plots import style
+from dfrot_lab.plots.style import COLOUR, MARKER, PAGE, array, figure, number
+
+__all__ = ["cost_and_quality", "objective_screening", "prefix_in_cache"]
+
+NOTEBOOK = "09_objectives"
+SHORT = {
+    "centroids": "centroids\n(DFRot)",
+    "least_squares": "centroids,\nfitted scales",
+    "corners": "corners\n(ConQuR)",
+    "whip": "Whip\n(DartQuant)",
+    "kurtosis": "kurtosis\n(KurTail)",
+    "soft_peak": "soft peak\n(InfoQuant)",
+}
+STARTS = ("RO", "RH")
+
+
+def _screening_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    bits, told = result["screen_bits"][0], []
+    for start in STARTS:
+        rows = [r for r in result["screen"] if r["start"] == start]
+        plain = next(float(r["ppl"][bits]) for r in rows if r["objective"] == "none")
+        best = min(
+            (r for r in rows if r["objective"] != "none"), key=lambda r: float(r["ppl"][bits])
+        )
+        name = SHORT[best["objective"]].replace("\n", " ")
+        told.append(
+            f"from {start} {number(plain)} → {number(float(best['ppl'][bits]))} by {name}, "
+            f"γ = {float(best['gamma']):g}"
+        )
+    return {"best": "; ".join(told), "windows": style.count(result["windows"], "window")}
+
+
+@figure(NOTEBOOK, _screening_numbers)
+def objective_screening(result: dict[str, Any]) -> Figure:
+    """Perplexity of each objective, a column; γ by size, start by colour; a panel for each bits."""
+    names = [n for n in SHORT if any(r["objective"] == n for r in result["screen"])]
+    gammas = sorted({float(r["gamma"]) for r in result["screen"] if r["gamma"] != "none"})
+    fig = style.new(PAGE, 2.3 * len(result["screen_bits"]) + 0.4)
+    axes = fig.subplots(len(result["screen_bits"]), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, bits in zip(axes, result["screen_bits"], strict=True):
+        everything = []
+        for k, start in enumerate(STARTS):
+            rows = [r for r in result["screen"] if r["start"] == start]
+            plain = next(float(r["ppl"][bits]) for r in rows if r["objective"] == "none")
+            ax.axhline(plain, color=COLOUR[start], lw=0.9, ls=(0, (4, 2)), zorder=1)
+            everything.append(plain)
+            for i, name in enumerate(names):
+                for j, gamma in enumerate(gammas):
+                    value = [
+                        float(array(r["ppl"][bits]))
+                        for r in rows
+                        if r["objective"] == name and float(r["gamma"]) == gamma
+                    ]
+                    x = i + 0.2 * (k - 0.5) * 2 + 0.1 * (j - (len(gammas) - 1) / 2)
+                    ax.plot(x, value[0], MARKER[start], color=COLOUR[start], ms=3 + 1.5 * j)
+                    everything.append(value[0])
+        log = max(everything) > 4 * min(everything)
+        if log:
+            ax.set_yscale("log")
+        ax.set_ylim(*style.limits(everything, log=log, margin=0.1))
+        ax.set_ylabel("perplexity")
+        ax.set_title(bits)
+        ax.grid(axis="y")
+    axes[-1].set_xticks(range(len(names)), [SHORT[n] for n in names])
+    axes[-1].tick_params(axis="x", length=0)
+    handles = [
+        Line2D([], [], ls="", marker=MARKER[s], color=COLOUR[s], label=f"from {s}") for s in STARTS
+    ]
+    handles += [
+        Line2D([], [], ls="", marker="o", color="0.4", ms=3 + 1.5 * j, label=f"γ = {g:g}")
+        for j, g in enumerate(gammas)
+    ]
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    return fig
+
+
+def _pareto_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    told = [
+        f"{r['method']} {number(r['ppl_w16']['mean'])} at {r['cost']:.3g} TFLOP"
+        for r in result["pareto"]
+    ]
+    return {"rows": "; ".join(told)}
+
+
+@figure(NOTEBOOK, _pareto_numbers)
+def cost_and_quality(result: dict[str, Any]) -> Figure:
+    """Cost of the refinement against perplexity (left) and KL (right), W16A4; sd over seeds as bars."""
+    fig = style.new(PAGE, 2.7)
+    axes = fig.subplots(1, 2)
+    names = [r["method"] for r in result["pareto"]]
+    least = min((r["cost"] for r in result["pareto"] if r["cost"] > 0), default=1.0)
+    shades = list(dict.fromkeys(COLOUR.values()))
+    handles = []
+    kinds = {"ppl_w16": "perplexity", "kl_w16": "KL [nats a token]"}
+    for ax, (key, title) in zip(axes, kinds.items(), strict=True):
+        for i, r in enumerate(result["pareto"]):
+            x = r["cost"] or least / 10
+            mark = {"RH": "o", "dfrot": "D", "recommended": "*"}.get(r["method"], "v^<>spX"[i % 7])
+            look = {"color": shades[i % len(shades)], "marker": mark, "capsize": 2}
+            look["ms"] = 9 if mark == "*" else 5
+            ax.errorbar(x, r[key]["mean"], r[key]["sd"], ls="", **look)
+            if ax is axes[0]:
+                handles.append(
+                    Line2D([], [], ls="", color=look["color"], marker=mark, label=names[i])
+                )
+        ax.set_xscale("log")
+        ax.set_xlabel("cost of the refinement [TFLOP]")
+        ax.set_ylabel(title)
+        ax.grid(axis="y")
+        ticks = [t for t in ax.get_xticks() if t >= least / 2]
+        low = math.floor(math.log10(least / 10))
+        ax.set_xlim(10**low, 3 * max(r["cost"] for r in result["pareto"]))
+        ax.set_xticks([least / 10, *ticks], ["0", *[f"{t:g}" for t in ticks]])
+        ax.set_xlim(least / 20, 3 * max(r["cost"] for r in result["pareto"]))
+    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    return fig
+
+
+def _prefix_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    found = result["prefix"]
+    told = [
+        f"{r['rotation']} {number(float(r['plain']))} → {number(float(r['prefixed']))}"
+        for r in found["rows"]
+    ]
+    return {"prefix": ", ".join(repr(t) for t in found["prefix"]), "rows": "; ".join(told)}
+
+
+@figure(NOTEBOOK, _prefix_numbers)
+def prefix_in_cache(result: dict[str, Any]) -> Figure:
+    """W16A4 perplexity with massive tokens in the text, and with a prefix that holds them in the cache."""
+    rows = result["prefix"]["rows"]
+    fig = style.new(style.COLUMN, 2.5)
+    ax = fig.add_subplot()
+    for i, r in enumerate(rows):
+        plain, prefixed = float(array(r["plain"])), float(array(r["prefixed"]))
+        ink = COLOUR.get(r["rotation"], COLOUR["DFRot"])
+        ax.annotate(
+            "", (i, prefixed), (i, plain), arrowprops={"arrowstyle": "->", "color": ink, "lw": 1}
+        )
+        ax.plot(i, plain, "o", color=ink, mfc="white", ms=5)
+        ax.plot(i, prefixed, "o", color=ink, ms=5)
+    values = [float(array(r[k])) for r in rows for k in ("plain", "prefixed")]
+    ax.set_ylim(*style.limits(values, log=False, margin=0.1))
+    ax.set_xticks(range(len(rows)), [style.label(r["rotation"]) for r in rows])
+    ax.set_xlim(-0.5, len(rows) - 0.5)
+    ax.set_ylabel("perplexity")
+    ax.tick_params(axis="x", length=0)
+    ax.grid(axis="y")
+    handles = [
+        Line2D([], [], ls="", marker="o", color="0.4", mfc="white", label="text alone"),
+        Line2D([], [], ls="", marker="o", color="0.4", label="behind a prefix"),
+    ]
+    fig.legend(handles=handles, loc="outside upper center", ncols=2)
+    return fig

@@ -1,0 +1,224 @@
+"""Study 09: what R1 may be refined for, on equal terms: the same rows, steps, starts and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dfrot_lab import cayley, evaluation, files, prefix, rotations
+from dfrot_lab.evaluation import spread
+from dfrot_lab.lab import Lab
+from dfrot_lab.presets import PRESETS, Preset
+from dfrot_lab.quantized_model import ModelSpec
+from dfrot_lab.quantizers import QuantSpec
+from dfrot_lab.results import Claim
+from dfrot_lab.rotations import Rotations
+from dfrot_lab.studies.perplexities import paired
+
+__all__ = ["by_prefix", "by_task_loss", "claims", "confirm", "pareto", "screen", "three", "top"]
+
+GPTQ = "gptq-shared"
+LABELS = {
+    "centroids": "int4 centroids (DFRot)",
+    "least_squares": "int4 centroids, fitted scales",
+    "corners": "cube corners (ConQuR)",
+    "whip": "Whip (DartQuant)",
+    "kurtosis": "kurtosis (KurTail)",
+    "soft_peak": "soft peak (after InfoQuant)",
+}
+
+
+def screen(
+    lab: Lab, objectives: list[str], gammas: list[float], seed: int, windows: int, bits: list[str]
+) -> list[dict[str, Any]]:
+    """Every objective × γ × start, one seed: perplexity at each of `bits`, RTN where weights count."""
+    grid = [(o, g, s) for s in ("RH", "RO") for o in objectives for g in gammas]
+    out = []
+    for start in ("RH", "RO"):  # the starts themselves
+        out.append({"objective": "none", "gamma": "none", "start": start})
+        out[-1] |= {"ppl": _ppl(lab, start, seed, windows, bits)}
+    bar = tqdm(grid, desc="screening", unit="row")
+    for objective, gamma, start in bar:
+        bar.set_postfix_str(f"{objective} γ={gamma:g} {start}", refresh=False)
+        path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma, objective=objective)
+        row = {"objective": objective, "gamma": str(float(gamma)), "start": start}
+        out.append(row | {"ppl": _ppl(lab, str(path), seed, windows, bits)})
+    return out
+
+
+def _ppl(lab: Lab, name: str, seed: int, windows: int, bits: list[str]) -> dict[str, float]:
+    return {b: lab.perplexity(name, seed, bits=b, windows=windows)["ppl"] for b in bits}
+
+
+def top(rows: list[dict[str, Any]], bits: str, count: int = 3) -> list[dict[str, Any]]:
+    """The `count` best objectives from RH by perplexity at `bits`, each at its best γ."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["objective"] == "none" or row["start"] != "RH":
+            continue
+        old = best.get(row["objective"])
+        if old is None or float(row["ppl"][bits]) < float(old["ppl"][bits]):
+            best[row["objective"]] = row
+    return sorted(best.values(), key=lambda r: float(r["ppl"][bits]))[:count]
+
+
+def confirm(
+    lab: Lab,
+    chosen: list[dict[str, Any]],
+    seeds: list[int],
+    windows: int,
+    bits: str,
+    second: str | None,
+) -> list[dict[str, Any]]:
+    """RH, the presets and the `chosen` of the screening with GPTQ at `bits`, over seeds.
+
+    Each row has the perplexity there, KL to the floating-point model and perplexity at W16A4, and the
+    latter on the corpus `second` too, which no calibration has seen.
+    """
+    methods: dict[str, Preset | None] = {"RH": None} | dict(PRESETS)
+    for row in chosen:
+        made = Preset(objective=row["objective"], gamma=float(row["gamma"]))
+        if made not in methods.values():
+            methods[f"{LABELS[row['objective']]}, γ = {float(row['gamma']):g}"] = made
+    other, out = lab.with_corpus(second) if second else None, []
+    grid = [(name, preset, s) for name, preset in methods.items() for s in seeds]
+    for name, preset, seed in tqdm(grid, desc="GPTQ", unit="row"):
+        file = "RH" if preset is None else str(preset.rotation_file(lab, seed))
+        found = lab.perplexity(file, seed, bits=bits, windows=windows, method=GPTQ)
+        row = {"method": name, "rotation": name, "keep": "none", "seed": seed, "bits": bits}
+        row |= {"ppl": found["ppl"], "nll": found["nll"]}
+        row["ppl_w16"] = lab.perplexity(file, seed, windows=windows)["ppl"]
+        row["kl_w16"] = _kl(lab, file, seed, windows)
+        if other:
+            row["ppl_second"] = other.perplexity(file, seed, windows=windows)["ppl"]
+        out.append(row | {"cost": 0.0 if preset is None else preset.cost(lab)})
+    return out
+
+
+def _kl(lab: Lab, file: str, seed: int, windows: int) -> float:
+    """Mean KL to the floating-point model in nats a token, kept beside the perplexities."""
+    # the same losses, window by window, come from the same model
+    key = _digest(file, seed, windows, lab.perplexity(file, seed, windows=windows)["nll"])
+    path = Path(lab.folder) / "measurements" / f"kl-{key}.json"
+    if path.exists():
+        return float(files.read_json(path)["kl"])
+    model = lab.quantized(file, seed)
+    kl = [evaluation.window_kl(model, lab.lm, w) for w in lab.evaluation_tokens(windows)]
+    files.write_json(path, {"kl": statistics.fmean(kl)})
+    return statistics.fmean(kl)
+
+
+def by_task_loss(
+    lab: Lab, starts: list[str], seed: int, steps: int, length: int, windows: int
+) -> list[dict[str, Any]]:
+    """SpinQuant's way: Cayley steps on the task loss from each of `starts`, and its budget."""
+    out, tokens = [], lab.calibration_tokens[:, : lab.seqlen // length * length]
+    for name in starts:
+        start = lab.rotation(name, seed)
+        path = (
+            Path(lab.folder) / "artefacts" / "rotations" / f"Cayley-{name}-seed{seed}.safetensors"
+        )
+        about = {"steps": steps, "length": length, "start": _digest(start.tolist())}
+        if not (path.exists() and rotations.load(path)[1].get("about") == about):
+            r, losses = cayley.refine(
+                lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name
+            )
+            rotations.save(path, r, {"about": about, "losses": losses})
+        losses = rotations.load(path)[1]["losses"]
+        row = {"start": name, "steps": steps, "tokens": steps * length, "losses": losses}
+        row |= {"before": lab.perplexity(name, seed, windows=windows)["ppl"]}
+        row |= {"ppl": lab.perplexity(str(path), seed, windows=windows)["ppl"]}
+        # forward, and backward with respect to activations: two products more for each weight
+        row["cost"] = 3 * 2.0 * _weights(lab) * steps * length / 1e12
+        out.append(row | {"kl_w16": _kl(lab, str(path), seed, windows)})
+    return out
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _weights(lab: Lab) -> int:
+    return sum(p.numel() for name, p in lab.lm.named_parameters() if "embed" not in name)
+
+
+def by_prefix(lab: Lab, names: dict[str, str], seed: int, windows: int) -> dict[str, Any]:
+    """W16A4 perplexity with and without a prefix in the cache, of each rotation (label → name or file)."""
+    first = lab.tokenizer.bos_token_id
+    ahead = prefix.choose(lab.activations, lab.calibration_tokens, first, QuantSpec())
+    tokens, out = lab.evaluation_tokens(windows), []
+    spec = ModelSpec.of("16-4-16")
+    for label, name in tqdm(names.items(), desc="prefix", unit="row"):
+        rotation = Rotations.standard(lab.lm, lab.rotation(name, seed))
+        plain = lab.perplexity(name, seed, windows=windows)["ppl"]
+        found = prefix.perplexity(lab.quantized(name, seed), rotation, spec, ahead, tokens)
+        out.append({"rotation": label, "plain": plain, "prefixed": found.value})
+    return {"prefix": [lab.tokenizer.decode([t]) for t in ahead], "rows": out}
+
+
+def three(lab: Lab, seed: int) -> dict[str, str]:
+    """RH and the two presets: label → name or file."""
+    return {"RH": "RH"} | {n: str(p.rotation_file(lab, seed)) for n, p in PRESETS.items()}
+
+
+def pareto(rows: list[dict[str, Any]], task: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a method: cost in TFLOP, mean ± sd of perplexity and of KL."""
+    out = []
+    for name in dict.fromkeys(r["method"] for r in rows):
+        these = [r for r in rows if r["method"] == name]
+        row = {"method": name, "cost": these[0]["cost"]}
+        for key in ("ppl", "ppl_w16", "kl_w16", "ppl_second"):
+            if key in these[0]:
+                row[key] = spread([float(r[key]) for r in these])
+        out.append(row)
+    for r in task:
+        one = {"ppl_w16": spread([float(r["ppl"])]), "kl_w16": spread([float(r["kl_w16"])])}
+        out.append({"method": f"task loss from {r['start']}", "cost": r["cost"]} | one)
+    return out
+
+
+def claims(result: dict[str, Any]) -> list[Claim]:
+    """The closing table of notebook 09."""
+    mean = {r["method"]: r for r in result["pareto"]}
+    ours, theirs = mean["recommended"], mean["dfrot"]
+    gap = paired(result["confirm"], ("dfrot", "none"), ("recommended", "none"))
+    wider = max(ours["ppl"]["sd"], theirs["ppl"]["sd"])
+    bits = result["confirm"][0]["bits"]
+    out = [
+        Claim(
+            f"`recommended` is better than the published DFRot at {bits}, GPTQ",
+            "left open",
+            f"{theirs['ppl']['mean']:.2f} ± {theirs['ppl']['sd']:.2f} → {ours['ppl']['mean']:.2f} ± "
+            f"{ours['ppl']['sd']:.2f}; Δnll {gap['mean']:.4f} [{gap['low']:.4f}, {gap['high']:.4f}]",
+            "means over seeds differ by more than the larger sd",
+            theirs["ppl"]["mean"] - ours["ppl"]["mean"] > wider,
+        ),
+        Claim(
+            "`recommended` is better than the published DFRot at 16-4-16",
+            "left open",
+            f"{theirs['ppl_w16']['mean']:.2f} ± {theirs['ppl_w16']['sd']:.2f} → "
+            f"{ours['ppl_w16']['mean']:.2f} ± {ours['ppl_w16']['sd']:.2f}; KL "
+            f"{theirs['kl_w16']['mean']:.4f} → {ours['kl_w16']['mean']:.4f}",
+            "means over seeds differ by more than the larger sd",
+            theirs["ppl_w16"]["mean"] - ours["ppl_w16"]["mean"]
+            > max(ours["ppl_w16"]["sd"], theirs["ppl_w16"]["sd"]),
+        ),
+        Claim(
+            "Refining by centroids costs less than by the task loss, and is not worse",
+            "SpinQuant: 800 samples of task-loss gradients",
+            "; ".join(
+                f"task loss from {r['start']}: {float(r['ppl']):.2f} at {r['cost']:.0f} TFLOP"
+                for r in result["task_loss"]
+            )
+            + f"; recommended: {ours['ppl_w16']['mean']:.2f} at {ours['cost']:.1f} TFLOP",
+            "lower cost, and a perplexity at 16-4-16 not above the best task-loss row's",
+            ours["cost"] < min(r["cost"] for r in result["task_loss"])
+            and ours["ppl_w16"]["mean"] <= min(float(r["ppl"]) for r in result["task_loss"]),
+        ),
+    ]
+    return out

@@ -1,0 +1,76 @@
+"""Study 09 on a tiny model: what ranks, what is compared, what is kept."""
+
+import pytest
+
+from dfrot_lab import presets
+from dfrot_lab.lab import Lab
+from dfrot_lab.presets import PRESETS, Preset
+from dfrot_lab.studies import objectives as study
+
+
+@pytest.fixture
+def lab(tmp_path) -> Lab:
+    return Lab(
+        model="tiny:llama", corpus="pydoc", seqlen=32, calibration=2, iterations=3, clip_steps=2,
+        weight_windows=8, threads=1, folder=tmp_path,
+    )  # fmt: skip
+
+
+def row(objective: str, gamma: str, start: str, ppl: float) -> dict:
+    return {"objective": objective, "gamma": gamma, "start": start, "ppl": {"16-4-16": ppl}}
+
+
+def test_the_best_of_each_objective_from_rh_rank():
+    rows = [
+        row("none", "none", "RH", 1.0),
+        row("centroids", "1.0", "RH", 5.0),
+        row("centroids", "100.0", "RH", 3.0),
+        row("whip", "1.0", "RH", 4.0),
+        row("whip", "1.0", "RO", 2.0),
+        row("corners", "1.0", "RH", 6.0),
+    ]
+    found = study.top(rows, "16-4-16", 2)
+    assert [(r["objective"], r["gamma"]) for r in found] == [
+        ("centroids", "100.0"),
+        ("whip", "1.0"),
+    ]
+
+
+def test_screening_measures_every_pair_and_the_starts(lab):
+    rows = study.screen(lab, ["centroids", "corners"], [1.0, 10.0], 0, 1, ["16-4-16"])
+    assert len(rows) == 2 + 2 * 2 * 2
+    assert {(r["objective"], r["start"]) for r in rows} == {
+        (o, s) for o in ("none", "centroids", "corners") for s in ("RH", "RO")
+    }
+    assert all(r["ppl"]["16-4-16"] > 1 for r in rows)
+    files = sorted(p.name for p in (lab.folder / "artefacts" / "rotations").glob("*.safetensors"))
+    assert len(files) == 8 and len([f for f in files if "corners" in f]) == 4
+
+
+def test_more_windows_use_as_many_normal_rows(lab):
+    preset = Preset(windows=8, iterations=5)
+    more = preset.lab(lab)
+    assert (more.calibration, more.rows) == (8, 0.25)
+    assert more.activations.X.shape[1] == 4 * lab.activations.X.shape[1]
+    assert more.lm is lab.lm
+    assert Preset(windows=2).lab(lab) is lab
+    cost = 5 * (4 * 4 * 64 * 64**2 + 26 * 64**3) / 1e12
+    assert preset.cost(lab) == pytest.approx(cost)
+
+
+def test_presets_have_their_names():
+    assert PRESETS["dfrot"] == Preset() and PRESETS["dfrot"].gamma == 100.0
+    assert set(presets.PRESETS) == {"dfrot", "recommended"}
+
+
+def test_the_task_loss_reference_is_made_once(lab, monkeypatch):
+    rows = study.by_task_loss(lab, ["RH"], 0, 2, 16, 1)
+    monkeypatch.setattr(study.cayley, "refine", None)
+    assert study.by_task_loss(lab, ["RH"], 0, 2, 16, 1) == rows
+    assert rows[0]["tokens"] == 32 and len(rows[0]["losses"]) == 2 and rows[0]["cost"] > 0
+
+
+def test_prefix_rows(lab):
+    found = study.by_prefix(lab, {"RH": "RH"}, 0, 1)
+    assert found["prefix"] and found["rows"][0]["rotation"] == "RH"
+    assert found["rows"][0]["plain"] != found["rows"][0]["prefixed"]
