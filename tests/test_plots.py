@@ -39,6 +39,7 @@ def synthetic(case: str = "full") -> dict[str, dict]:
         "06_reviewers_questions": _questions(rng, massive, seeds),
         "07_int4_kernels": _int4(),
         "08_why_it_works": _why(rng, massive, seeds, case == "infinite"),
+        "09_objectives": _objectives(case == "infinite"),
     }
     return json.loads(json.dumps(everything, allow_nan=False))
 
@@ -418,6 +419,47 @@ def _why(rng, massive, seeds, infinite) -> dict:
             ],
             "windows": 2,
             "bits": "16-4-16",
+        },
+    }
+
+
+def _objectives(infinite: bool) -> dict:
+    names = ("centroids", "least_squares", "corners", "whip", "kurtosis", "soft_peak")
+    bits = ["16-4-16", "4-4-16"]
+    screened = [
+        {"objective": "none", "gamma": "none", "start": s, "ppl": dict.fromkeys(bits, 35.0)}
+        for s in ("RH", "RO")
+    ]
+    screened += [
+        {"objective": o, "gamma": g, "start": s}
+        | {
+            "ppl": {
+                b: "inf" if infinite and o == "whip" else 30.0 + i + float(g) / 50 for b in bits
+            }
+        }
+        for i, o in enumerate(names)
+        for g in ("1.0", "10.0", "100.0")
+        for s in ("RH", "RO")
+    ]
+    methods = {"RH": 0.0, "dfrot": 0.7, "recommended": 1.4, "cube corners (ConQuR), γ = 10": 0.7}
+    spreads = {
+        key: {"mean": mean, "sd": 0.3, "n": 3}
+        for key, mean in (("ppl", 35.0), ("ppl_w16", 31.0), ("kl_w16", 0.35), ("ppl_second", 40.0))
+    }
+    task = {k: spreads[k] | {"sd": 0.0, "n": 1} for k in ("ppl_w16", "kl_w16")}
+    return {
+        "screen_bits": bits,
+        "windows": 2,
+        "screen": screened,
+        "confirm": [{"bits": "4-4-16"}],
+        "pareto": [{"method": m, "cost": c} | spreads for m, c in methods.items()]
+        + [{"method": "task loss from RH", "cost": 20.0} | task],
+        "prefix": {
+            "prefix": ["<|im_start|>", "\n"],
+            "rows": [
+                {"rotation": n, "plain": 32.0, "prefixed": 31.0}
+                for n in ("RH", "dfrot", "recommended")
+            ],
         },
     }
 
