@@ -209,13 +209,13 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             > max(ours["ppl_w16"]["sd"], theirs["ppl_w16"]["sd"]),
         ),
         Claim(
-            "Refining by centroids costs less than by the task loss, and is not worse",
+            "`recommended` costs less than descent on the task loss, and is not worse",
             "SpinQuant: 800 samples of task-loss gradients",
             "; ".join(
-                f"task loss from {r['start']}: {float(r['ppl']):.2f} at {r['cost']:.0f} TFLOP"
+                f"task loss from {r['start']}: {float(r['ppl']):.2f} at {r['cost']:.3g} TFLOP"
                 for r in result["task_loss"]
             )
-            + f"; recommended: {ours['ppl_w16']['mean']:.2f} at {ours['cost']:.1f} TFLOP",
+            + f"; recommended: {ours['ppl_w16']['mean']:.2f} at {ours['cost']:.3g} TFLOP",
             "lower cost, and a perplexity at 16-4-16 not above the best task-loss row's",
             ours["cost"] < min(r["cost"] for r in result["task_loss"])
             and ours["ppl_w16"]["mean"] <= min(float(r["ppl"]) for r in result["task_loss"]),
