@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dfrot_lab import notebooks as sources
 from dfrot_lab import profiles
 
 __all__ = ["BatchError", "run"]
@@ -32,9 +33,11 @@ def run(profile: str, root: Path, cores: str, memory: int, notebooks: Sequence[s
     alone leaves the other running. An interrupt, a hang-up or a termination is passed to the whole
     process group. Raises BatchError if another batch holds the folder.
     """
-    profiles.load(profile)
     if not (root / "Snakefile").is_file():
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
+    profiles.load(profile)
+    if (root / "notebooks").is_dir():
+        sources.check_profile(profile, root / "notebooks")
     folder = root / "results" / Path(profile).stem
     folder.mkdir(parents=True, exist_ok=True)
     command = [
@@ -50,16 +53,21 @@ def run(profile: str, root: Path, cores: str, memory: int, notebooks: Sequence[s
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
-    with (folder / ".batch.lock").open("w") as lock:
+    with (folder / ".batch.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.seek(0)
+            group = lock.read().strip() or "PID"
             raise BatchError(
-                f"another batch is running in {folder}: wait for it, or stop it"
+                f"another batch is running in {folder}: wait for it, or stop it with `kill -- -{group}`"
             ) from None
         child = subprocess.Popen(
             command, cwd=root, env=environment, start_new_session=True, pass_fds=[lock.fileno()]
         )
+        lock.truncate(0)
+        lock.write(str(child.pid))  # its own group, which outlives this process if that is killed
+        lock.flush()
         previous = {s: signal.signal(s, signal.default_int_handler) for s in _STOPPING}
         try:
             return child.wait()

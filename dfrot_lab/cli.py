@@ -114,11 +114,21 @@ def _results(profile: str) -> Path:
     return Path("results") / Path(profile).stem
 
 
+def _check(profile: str) -> None:
+    """A name in the profile that no notebook has is told before anything starts."""
+    from dfrot_lab import notebooks
+
+    folder = project_root() / "notebooks"
+    if folder.is_dir():
+        notebooks.check_profile(profile, folder)
+
+
 def _lab(profile: str, folder: Path | None, **given):
     """A Lab with the profile's parameters, overridden by those in `given` that are not None.
 
     Another model or corpus gets a folder of its own, so that the profile's artefacts stay.
     """
+    _check(profile)
     from dfrot_lab.lab import Lab
 
     known = {f.name for f in fields(Lab)}
@@ -218,6 +228,7 @@ def batch(profile: str, cores: str, memory: int, only: tuple[str, ...]) -> None:
 @_profile
 def plan(profile: str) -> None:
     """Say what `make figures` of a profile will take in memory, disk and time; runs nothing."""
+    _check(profile)
     from dfrot_lab import plans
 
     click.echo("\n".join(plans.plan(profile).lines()))

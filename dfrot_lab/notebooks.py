@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def typed(name: str, value: Any, kind: str) -> Any:
     if wanted is not None and (
         not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)
     ):
-        raise NotebookError(f"parameter {name} = {value!r} is not of type {kind}")
+        like = ": write '[0, 1]'" if wanted is list else ""
+        raise NotebookError(f"parameter {name} = {value!r} is not of type {kind}{like}")
     if wanted is list and inner:
         return [typed(f"{name}[{i}]", v, inner.rstrip("]")) for i, v in enumerate(value)]
     return value
@@ -93,8 +95,7 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
                 f"{notebook.stem} has no parameter {name!r}: use one of {', '.join(sorted(known))}"
             )
     if profile:
-        every = {p.stem: set(parameters(p)) for p in sorted(notebook.parent.glob("[0-9]*.ipynb"))}
-        profiles.check(profile, every | {notebook.stem: set(known)})
+        check_profile(profile, notebook.parent, {notebook.stem: set(known)})
     values = profiles.notebook_parameters(profile, notebook.stem, set(known)) if profile else {}
     if "corpus" in given:
         from dfrot_lab import corpora
@@ -103,7 +104,25 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
     for name in ("model", "corpus"):  # the kernel starts elsewhere
         if isinstance(given.get(name), str) and Path(given[name]).exists():
             given = given | {name: str(Path(given[name]).resolve())}
-    return {name: typed(name, value, known[name][0]) for name, value in (values | given).items()}
+    found = {name: typed(name, value, known[name][0]) for name, value in (values | given).items()}
+    for name, value in found.items():
+        for one in value if isinstance(value, list) else [value]:
+            _check_value(name, one)
+    return found
+
+
+def check_profile(profile: str, folder: Path, more: dict[str, set[str]] | None = None) -> None:
+    """ProfileError where `profile` names what no notebook in `folder` has (nor in `more`)."""
+    every = {p.stem: set(parameters(p)) for p in sorted(folder.glob("[0-9]*.ipynb"))}
+    profiles.check(profile, every | (more or {}))
+
+
+def _check_value(name: str, value: Any) -> None:
+    """No parameter is negative, and bits are W-A-KV; said before a model is loaded."""
+    if isinstance(value, (int, float)) and value < 0:
+        raise NotebookError(f"parameter {name} = {value!r} is negative: use 0 or more")
+    if name.endswith("bits") and not re.fullmatch(r"\d+-\d+-\d+", str(value)):
+        raise NotebookError(f"parameter {name} = {value!r}: use W-A-KV, such as '4-4-16'")
 
 
 class _Lines:

@@ -1,6 +1,7 @@
 """The commands beside `run`: optimize, collect, redraw, publish; errors are one line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,37 @@ def test_redraw_of_nothing_says_what_to_run(tmp_path):
     done = invoke("redraw", tmp_path)
     assert done.exit_code == 1
     assert "make figures" in done.output
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("base: smoke\ncommon: {sedes: [0]}\n", r"sets \['sedes'\], a parameter of no notebook"),
+        ("base: smoke\nnotebooks: {'99_x': {}}\n", r"names notebooks \['99_x'\]"),
+        ("common: [1]\n", r"common = \[1\] is not a mapping"),
+        ("- 1\n", "is not a mapping: use"),
+        ("common: {a: [1\n", "is not YAML"),
+    ],
+)
+@pytest.mark.parametrize("command", [["plan"], ["optimize"], ["batch"], ["collect"]])
+def test_a_wrong_profile_is_told_before_anything_starts(tmp_path, command, text, said):
+    profile = tmp_path / "mine.yml"
+    profile.write_text(text)
+    done = CliRunner().invoke(app, [*command, "--profile", str(profile)])
+    assert done.exit_code == 1 and re.search(said, done.output), done.output
+    assert "Traceback" not in done.output and len(done.output.splitlines()) < 3
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("windows", "-1", "windows = -1 is negative: use 0 or more"),
+        ("bits", "16-4", "bits = '16-4': use W-A-KV, such as '4-4-16'"),
+        ("seeds", "1.5", r"seeds = 1.5 is not of type list: write '\[0, 1\]'"),
+    ],
+)
+def test_a_wrong_value_is_told_before_anything_starts(tmp_path, name, value, said):
+    asked = ["run", "03", "--profile", "smoke", "--folder", str(tmp_path / "r"), "-p", name, value]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 1 and re.search(said, done.output), done.output
+    assert not (tmp_path / "r").exists()

@@ -98,7 +98,7 @@ def _hero_numbers(result: dict[str, Any]) -> dict[str, Any]:
         "closed": _share(result),
         "gap": number(gaps["none"]),
         "left": number(gaps["massive"]),
-        "pairs": f"{share:.2g} %" if share > 0 else "none",
+        "pairs": f"{style.percent(share)}" if share > 0 else "none",
         "first": _first_told(result),
         "bits": result["table"][0]["bits"],
         "seeds": style.count(len({r["seed"] for r in rows}), "seed"),
@@ -285,7 +285,7 @@ def _exempted_numbers(result: dict[str, Any]) -> dict[str, Any]:
     for r in _kept(result):
         share, first = 100 * float(array(r["share"])), r["by_position"].get("first", 0)
         told.append(
-            f"{style.label(r['rotation'])}: {style.count(r['pairs'], 'pair')}, {share:.2g} % of all "
+            f"{style.label(r['rotation'])}: {style.count(r['pairs'], 'pair')}, {style.percent(share)} of all "
             f"({first:,} of them at the first token of a window)"
         )
     return {"kept": "; ".join(told) or "no pair was kept"}

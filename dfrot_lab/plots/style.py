@@ -50,6 +50,11 @@ LINE |= {"DFRot(RO)": (0, (4, 1.2)), "DFRot(RH)": "-"}
 LABEL = {"RH2": "RH²"}  # where it differs from the name in a result
 
 
+def percent(value: float) -> str:
+    """Two digits, without an exponent: 0.18 %, 68 %, 100 %."""
+    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:.2g} %"
+
+
 def context() -> AbstractContextManager[None]:
     """The style sheet alone, whatever the caller has set, until the block ends."""
     return matplotlib.style.context(SHEET, after_reset=True)

@@ -306,7 +306,7 @@ def ratio_by_kurtosis(result: dict[str, Any]) -> Figure:
     some = share > 0
     ax.plot(x[some], y[some], "*", color=COLOUR["massive"], ms=8, mec="black", mew=0.4, zorder=4)
     for a, b, s in zip(x[some], y[some], share[some], strict=True):
-        ax.annotate(f"{100 * s:.2g} %", (a, b), (0, -6), textcoords="offset points", fontsize=7,
+        ax.annotate(f"{style.percent(100 * s)}", (a, b), (0, -6), textcoords="offset points", fontsize=7,
                     ha="center", va="top", color=COLOUR["ink"])  # fmt: skip
     ax.set_xscale("log")
     ax.set(xlim=style.limits(x, log=True, margin=0.08), ylim=style.limits([*y, 1.0], margin=0.2))

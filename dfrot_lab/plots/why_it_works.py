@@ -257,8 +257,10 @@ def _rule_numbers(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "there": ", ".join(f"{number(v)} {k}" for k, v in there.items()),
         "d": f"{found['d']:,}",
-        "ours": ", ".join(f"{100 * float(array(v)):.2g} % {k}" for k, v in ours.items()),
-        "theirs": ", ".join(f"{100 * float(array(v)):.2g} % {k}" for k, v in theirs.items()),
+        "ours": ", ".join(f"{style.percent(100 * float(array(v)))} {k}" for k, v in ours.items()),
+        "theirs": ", ".join(
+            f"{style.percent(100 * float(array(v)))} {k}" for k, v in theirs.items()
+        ),
     }
 
 

@@ -37,13 +37,24 @@ def load(profile: str) -> dict[str, Any]:
 
     Single parameters are filled in, of a notebook's section too.
     """
-    content = yaml.safe_load(path(profile).read_text()) or {}
+    try:
+        content = yaml.safe_load(path(profile).read_text()) or {}
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise ProfileError(f"profile {profile!r} is not YAML: {said}") from error
+    if not isinstance(content, dict):
+        raise ProfileError(f"profile {profile!r} is not a mapping: use {sorted(_SECTIONS)} as keys")
     unknown = set(content) - set(_SECTIONS)
     if unknown:
         raise ProfileError(
             f"profile {profile!r} has unknown sections {sorted(unknown)}: use {sorted(_SECTIONS)}"
         )
     found = {section: content.get(section) or {} for section in _SECTIONS}
+    for section in ("common", "notebooks", "rotations"):
+        if not isinstance(found[section], dict):
+            raise ProfileError(
+                f"profile {profile!r}: {section} = {found[section]!r} is not a mapping of names to values"
+            )
     if base := found["base"]:
         below = load(base)
         for name, parameters in below["notebooks"].items():

@@ -167,8 +167,8 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             Claim(
                 f"What R1 gains on massive tokens it keeps on other text (γ = {shown})",
                 "assumed: R1 comes from one sample (Table 3)",
-                f"massive tokens −{gains['calibration']:.0%} on the calibration text, "
-                f"−{gains['held out']:.0%} held out; normal tokens "
+                f"massive tokens {-gains['calibration']:+.0%} on the calibration text, "
+                f"{-gains['held out']:+.0%} held out; normal tokens "
                 f"{normal[1] / normal[0] - 1:+.1%} held out",
                 "at least half of the gain, held out",
                 gains["held out"] >= gains["calibration"] / 2,
