@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dfrot_lab import notebooks as sources
-from dfrot_lab import profiles
 
 __all__ = ["BatchError", "run"]
 
@@ -35,9 +34,7 @@ def run(profile: str, root: Path, cores: str, memory: int, notebooks: Sequence[s
     """
     if not (root / "Snakefile").is_file():
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
-    profiles.load(profile)
-    if (root / "notebooks").is_dir():
-        sources.check_profile(profile, root / "notebooks")
+    sources.check_profile(profile, root / "notebooks")
     folder = root / "results" / Path(profile).stem
     folder.mkdir(parents=True, exist_ok=True)
     command = [

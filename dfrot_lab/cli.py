@@ -118,9 +118,7 @@ def _check(profile: str) -> None:
     """A name in the profile that no notebook has is told before anything starts."""
     from dfrot_lab import notebooks
 
-    folder = project_root() / "notebooks"
-    if folder.is_dir():
-        notebooks.check_profile(profile, folder)
+    notebooks.check_profile(profile, project_root() / "notebooks")
 
 
 def _lab(profile: str, folder: Path | None, **given):

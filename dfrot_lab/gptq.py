@@ -245,17 +245,17 @@ def walk(
             hidden[i] = hidden[i] + layer.attention_output(x)
         del mixed
         visit(layer, layer.mlp_inputs, (layer.mlp_norm(h) for h in hidden))
-        gated = [before_down(_gated(layer, h)) for h in hidden] if room else None
-        again = (before_down(_gated(layer, h)) for h in hidden)
-        visit(layer, {"mlp.down_proj": layer.mlp_output}, iter(gated) if room else again)
-        again = (before_down(_gated(layer, h)) for h in hidden)
-        for i, x in enumerate(gated if room else again):
+        held = list(_gated(layer, hidden, before_down)) if room else None
+        given = held or _gated(layer, hidden, before_down)
+        visit(layer, {"mlp.down_proj": layer.mlp_output}, iter(given))
+        for i, x in enumerate(held or _gated(layer, hidden, before_down)):
             hidden[i] = hidden[i] + layer.mlp_output(x)
 
 
-def _gated(layer: models.Layer, h: Tensor) -> Tensor:
-    """What down_proj is given for the stream `h` after attention."""
-    return _input_of(layer.mlp_output, layer.module.mlp, layer.mlp_norm(h), {})
+def _gated(layer: models.Layer, hidden: list[Tensor], before: Callable) -> Iterator[Tensor]:
+    """What down_proj is given for each stream after attention."""
+    for h in hidden:
+        yield before(_input_of(layer.mlp_output, layer.module.mlp, layer.mlp_norm(h), {}))
 
 
 class _Reached(Exception):

@@ -113,8 +113,11 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
 
 def check_profile(profile: str, folder: Path, more: dict[str, set[str]] | None = None) -> None:
     """ProfileError where `profile` names what no notebook in `folder` has (nor in `more`)."""
-    every = {p.stem: set(parameters(p)) for p in sorted(folder.glob("[0-9]*.ipynb"))}
-    profiles.check(profile, every | (more or {}))
+    every = {p.stem: set(parameters(p)) for p in sorted(folder.glob("[0-9]*.ipynb"))} | (more or {})
+    if every:
+        profiles.check(profile, every)
+    else:  # an installed package, without the notebooks
+        profiles.load(profile)
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -42,7 +42,15 @@ class Objective(Protocol):
         """What is to become small, of each row [rows], in units of ‖y‖²; squared: ‖y − G‖² in fp64."""
 
 
-class Centroids:
+class _Nearest:
+    """G is the point of a set nearest to y, and the loss its squared distance."""
+
+    def loss(self, y: Tensor, squared: Tensor) -> Tensor:
+        """‖y − G‖²."""
+        return squared
+
+
+class Centroids(_Nearest):
     """DFRot: G = Q(Y), the evaluation's quantizer; loss ‖y − Q(y)‖² (DFRot, Section 3.4)."""
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -51,10 +59,6 @@ class Centroids:
     def direction(self, y: Tensor, chunk: int = 0) -> Tensor:
         """Q(Y), scales from the extremes of each row."""
         return fake_quantize(y, self.spec)
-
-    def loss(self, y: Tensor, squared: Tensor) -> Tensor:
-        """‖y − G‖²."""
-        return squared
 
 
 class LeastSquares(Centroids):
@@ -98,16 +102,12 @@ def _fit(y: Tensor, centred: Tensor, scale: Tensor) -> Tensor:
     return torch.where((over > 0) & (fitted > 0), fitted, scale)
 
 
-class Corners:
+class Corners(_Nearest):
     """ConQuR (arXiv 2605.10793): G = sign(Y)‖y‖/√d, the nearest corner of a cube; makes ‖y‖₁ large."""
 
     def direction(self, y: Tensor, chunk: int = 0) -> Tensor:
         """Corners with the rows' own norms."""
         return torch.sign(y) * (y.norm(dim=-1, keepdim=True) / math.sqrt(y.shape[-1]))
-
-    def loss(self, y: Tensor, squared: Tensor) -> Tensor:
-        """‖y − G‖²."""
-        return squared
 
 
 class _Smooth:

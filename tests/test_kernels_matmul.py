@@ -20,17 +20,8 @@ pytestmark = pytest.mark.poisoned
 SEEDS = st.integers(0, 2**16)
 EVEN = st.integers(1, 260).map(lambda half: 2 * half)
 CASES = settings(max_examples=10)
-
-SHAPES = [
-    (2048, 14336, 4096),
-    (512, 4096, 4096),
-    (256, 4096, 4096),
-    (100, 4096, 4096),
-    (64, 4096, 4096),
-    (1, 4096, 14336),
-]
-PLANS = [*dict.fromkeys(matmul.plan(*s) for s in SHAPES), Plan(16, 64, 128, 16, 4, 4)]
-FP_PLANS = [*dict.fromkeys(matmul_fp.plan(*s) for s in SHAPES), Plan(16, 64, 64, 16, 4, 4)]
+PLANS = [*dict.fromkeys(matmul.plan(*s) for s in matmul.SHAPES), Plan(16, 64, 128, 16, 4, 4)]
+FP_PLANS = [*dict.fromkeys(matmul_fp.plan(*s) for s in matmul.SHAPES), Plan(16, 64, 64, 16, 4, 4)]
 
 
 def generator(seed: int) -> torch.Generator:
