@@ -36,17 +36,19 @@ class Hessians:
         def found(layer: int, name: str) -> Tensor:
             with safe_open(self.folder / f"layer-{layer:03d}.safetensors", framework="pt") as f:
                 h = f.get_tensor(_key(name)).double()
-            for turn in self._turns(name, rotation):
+            for turn in self._turns(layer, name, rotation):
                 h = turn(turn(h).mT)  # T(x) = xM, so T(T(H)ᵀ) = MᵀHM
             return h
 
         return found
 
-    def _turns(self, name: str, rotation: Rotations) -> Iterator[Callable[[Tensor], Tensor]]:
+    def _turns(
+        self, layer: int, name: str, rotation: Rotations
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
         if name == "self_attn.o_proj":
             if rotation.R2 is not None:
-                r2 = rotation.R2.double()
-                yield lambda x: (x.unflatten(-1, (-1, self.head_dim)) @ r2).flatten(-2)
+                r2 = rotation.values(layer).double()
+                yield lambda x: rotations.turn_heads(x, r2)
             if rotation.heads:
                 yield rotations.across_heads(self.head_dim)
         elif name == "mlp.down_proj":

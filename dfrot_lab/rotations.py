@@ -3,8 +3,9 @@
 Activations are row vectors, x → xR with RRᵀ = I. A linear y = xWᵀ + b (W is [out, in]) that reads the
 rotated stream becomes W ← WR; one that writes it becomes W ← RᵀW, b ← bR (QuaRot; DFRot, Section 3.1).
 
-R1 [d, d] turns the residual stream and R2 [head_dim, head_dim] the values of every head: both vanish
-into weights. R4 is a Hadamard before down_proj, applied online; only its inverse is merged.
+R1 [d, d] turns the residual stream and R2 [head_dim, head_dim] the values of every head, or of each by a
+matrix of its own: both vanish into weights. R4 is a Hadamard before down_proj, applied online; only its
+inverse is merged.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ __all__ = [
     "random_hadamard",
     "random_orthogonal",
     "save",
+    "turn_heads",
 ]
 
 TOLERANCE = 1e-10  # fp64 products of a few thousand terms stay below 1e-12; fp32 files do not
@@ -136,7 +138,8 @@ def load(path: str | Path, d: int | None = None) -> tuple[Tensor, dict]:
 
 @dataclass(frozen=True)
 class Rotations:
-    """What to merge: R1 [d, d]; R2 [head_dim, head_dim] for all layers; Hadamards on or off.
+    """What to merge: R1 [d, d]; R2, one [head_dim, head_dim] for all values or [layers, kv_heads, head_dim,
+    head_dim]; Hadamards on or off.
 
     R4: before down_proj. heads: across the heads before o_proj, as upstream QuaRot has it and DFRot
     does not. Both are online, their inverses merged. (R3 belongs to the KV cache: `kv_cache.KVSpec`.)
@@ -154,6 +157,10 @@ class Rotations:
             return cls()
         head_dim = models.layers(model)[0].module.self_attn.head_dim
         return cls(R1=R1, R2=random_hadamard(head_dim), R4=True)
+
+    def values(self, layer: int) -> Tensor | None:
+        """R2 of a layer, [head_dim, head_dim] or [kv_heads, head_dim, head_dim]."""
+        return self.R2[layer] if self.R2 is not None and self.R2.dim() == 4 else self.R2
 
 
 @torch.no_grad()
@@ -180,14 +187,14 @@ def merge(model: nn.Module, rotations: Rotations) -> nn.Module:
     if rotations.R1 is not None:
         check(rotations.R1, model.config.hidden_size, "R1")
     if rotations.R2 is not None:
-        check(rotations.R2, parts[0].module.self_attn.head_dim, "R2")
+        _check_values(rotations.R2, model, parts)
     if rotations.heads:
         _check_heads(model.config.num_attention_heads)
     if rotations.R1 is not None:
         _merge_r1(model, rotations.R1)
         done.append("R1")
     if rotations.R2 is not None:
-        _merge_r2(model, rotations.R2)
+        _merge_r2(model, rotations)
         done.append("R2")
     if rotations.R4:
         for layer in parts:
@@ -258,14 +265,41 @@ def _precise(w: Tensor) -> Tensor:
     return w.to(torch.promote_types(w.dtype, torch.float32))
 
 
-def _merge_r2(model: nn.Module, r: Tensor) -> None:
+def _check_values(r: Tensor, model: nn.Module, parts: list[models.Layer]) -> None:
+    size = parts[0].module.self_attn.head_dim
+    if r.dim() != 4:
+        check(r, size, "R2")
+        return
+    shape = (len(parts), model.config.num_key_value_heads, size, size)
+    if tuple(r.shape) != shape:
+        raise RotationError(
+            f"R2 is {list(r.shape)} but the model needs {[size, size]} or {list(shape)}: "
+            "use a rotation made for this model"
+        )
+    for layer, heads in enumerate(r):
+        for head, one in enumerate(heads):
+            check(one, size, f"R2 of layer {layer}, head {head}")
+
+
+def turn_heads(x: Tensor, r: Tensor) -> Tensor:
+    """x [..., heads·head_dim] → x_h R2, by one `r` [head_dim, head_dim] or [kv_heads, head_dim, head_dim].
+
+    Query heads come in groups that share a head of keys and values, in order.
+    """
+    cut = x.unflatten(-1, (-1, r.shape[-1]))
+    if r.dim() == 2:
+        return (cut @ r).flatten(-2)
+    each = r.repeat_interleave(cut.shape[-2] // len(r), 0)
+    return torch.einsum("...hi,hij->...hj", cut, each).flatten(-2)
+
+
+def _merge_r2(model: nn.Module, rotations: Rotations) -> None:
     for layer in models.layers(model):
         value, output = layer.attention_inputs["self_attn.v_proj"], layer.attention_output
         size = layer.module.self_attn.head_dim
         heads = _precise(value.weight).unflatten(0, (-1, size))  # [kv_heads, head_dim, d]
-        r = r.to(heads)
+        r = rotations.values(layer.index).to(heads)
         value.weight.copy_((r.mT @ heads).flatten(0, 1))
         if value.bias is not None:
-            value.bias.copy_((value.bias.to(r).unflatten(0, (-1, size)) @ r).flatten())
-        columns = output.weight.to(r).unflatten(1, (-1, size))  # [d, heads, head_dim]
-        output.weight.copy_((columns @ r).flatten(1))
+            value.bias.copy_(turn_heads(value.bias.to(r), r))
+        output.weight.copy_(turn_heads(output.weight.to(r), r))

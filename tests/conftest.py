@@ -88,6 +88,14 @@ def haar(d: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(ortho_group.rvs(d, random_state=seed))
 
 
+def own_for_each_head(model, seed: int) -> Tensor:
+    """R2 [layers, kv_heads, head_dim, head_dim]."""
+    parts = models.layers(model)
+    size, heads = parts[0].module.self_attn.head_dim, model.config.num_key_value_heads
+    made = [haar(size, seed + i) for i in range(len(parts) * heads)]
+    return torch.stack(made).reshape(len(parts), heads, size, size)
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """max|a − b| / max|b| in fp64."""
     a, b = a.detach().double(), b.detach().double()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import own_for_each_head
 from dfrot_kernels import hadamard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,13 +162,14 @@ def test_bad_settings(field, value):
 # --- Hessians of the floating-point model -----------------------------------------------------------
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("kind", models.ARCHITECTURES)
-def test_a_conjugated_hessian_is_that_of_the_rotated_model(kind, tmp_path):
+def test_a_conjugated_hessian_is_that_of_the_rotated_model(kind, own, tmp_path):
     model = models.fold_gains(models.tiny(kind))
     tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(1))
     rotation = Rotations(
         R1=rotations.random_orthogonal(64, 0),
-        R2=rotations.random_orthogonal(16, 1),
+        R2=own_for_each_head(model, 1) if own else rotations.random_orthogonal(16, 1),
         R4=True,
         heads=True,
     )

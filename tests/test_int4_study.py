@@ -23,7 +23,7 @@ from dfrot_lab.studies import int4_kernels, int4_model, int4_speed
 
 SITE = "layers.1.mlp"
 SAME = "The packed model is the fake-quantized one at"
-LAST = "What sets them apart is a last bit, no more"
+LAST = "What sets them apart in fp32 is a last bit, no more"
 TIES = "Given equal input, codes are equal up to ties"
 EVERY = "Every kernel computes what its reference defines"
 
@@ -116,7 +116,10 @@ def test_a_wrong_kernel_is_seen(monkeypatch):
 def test_the_packed_model_scores_as_the_fake_quantized_one(lab, packed):
     rows = int4_model.perplexities(lab, packed, 0, 1, 2, "torch")
     ppl = {(r["model"], r["bits"], r["draw"]): r["ppl"] for r in rows}
-    assert len(ppl) == len(rows) == 1 + 2 * 2 + 2 * 2
+    assert len(ppl) == len(rows) == 1 + 2 * 2 + 2 + 2 * 2
+    exact = [ppl[m + int4_model.EXACT, int4_model.BITS, 0] for m in ("fake-quantized", "packed")]
+    assert exact[1] == pytest.approx(exact[0], rel=1e-12)
+    assert exact[0] == pytest.approx(ppl["fake-quantized", int4_model.BITS, 0], rel=1e-3)
     for bits in (int4_model.WEIGHTS, int4_model.BITS):
         fake = ppl["fake-quantized", bits, 0]
         assert ppl["packed", bits, 0] == pytest.approx(fake, rel=1e-3)
@@ -125,6 +128,25 @@ def test_the_packed_model_scores_as_the_fake_quantized_one(lab, packed):
     assert "fake-quantized" in str(int4_model.perplexity_table({"perplexity": rows}))
     fake = lab.quantized("RH", 0, bits=int4_model.BITS)  # still there, and not packed
     assert not any(isinstance(m, Int4Linear) for m in fake.modules())
+
+
+def test_in_fp64_the_packed_codes_are_what_is_computed_with(lab, packed):
+    fake = lab.quantized("RH", 0, bits=int4_model.BITS)
+    wide, four = (int4_model.in_fp64(m, packed) for m in (fake, packed))
+    assert all(p.dtype == torch.float64 for p in (*wide.parameters(), *four.parameters()))
+    tokens = lab.evaluation_tokens(1)[:, :40]
+    with torch.inference_mode():
+        a, b, c = (m(tokens, use_cache=False).logits for m in (wide, four, fake))
+    assert a.dtype == b.dtype == torch.float64
+    assert (a - b).abs().max() < 1e-12 * a.abs().max()
+    assert (a - c).abs().max() > 1e-9 * a.abs().max()  # fp32 is seen
+    name, linear = next((n, m) for n, m in packed.named_modules() if isinstance(m, Int4Linear))
+    linear = copy.deepcopy(linear)
+    linear.packed[0, 0] ^= 1  # one code
+    other = int4_model.in_fp64(packed, packed)
+    other.get_submodule(name).packed.copy_(linear.packed)
+    with torch.inference_mode():
+        assert (other(tokens, use_cache=False).logits - b).abs().max() > 1e-9 * b.abs().max()
 
 
 def test_only_last_bits_are_changed(lab, packed):
@@ -342,6 +364,16 @@ def good() -> dict:
             for draw in (0, 1)
             for bits in (int4_model.WEIGHTS, int4_model.BITS)
             for m, p in (("fake-quantized", 60.0 + 0.1 * draw), ("packed", 60.1 + 0.1 * draw))
+        ]
+        + [
+            {
+                "model": m + int4_model.EXACT,
+                "bits": int4_model.BITS,
+                "draw": 0,
+                "ppl": p,
+                "nll": [4],
+            }
+            for m, p in (("fake-quantized", 60.0), ("packed", 60.0))
         ],
         "codes": [{"codes": 10_000, "equal": 9_995, "by": 1}],
         "correctness": [
@@ -362,7 +394,7 @@ def good() -> dict:
         ("4-bit weights take a quarter of FP16", lambda r: r["memory"]["packed"].update(linears=60)),
         ("So does a large model, nearly", lambda r: r["memory"]["large"]["packed"].update(rest=10**9)),
         (f"{SAME} 4-16-16", lambda r: r["perplexity"][1].update(ppl=60.4)),
-        (f"{SAME} 4-4-16", lambda r: r["perplexity"][3].update(ppl=59.6)),
+        (f"{SAME} 4-4-16, in fp64", lambda r: r["perplexity"][-1].update(ppl=59.6)),
         (LAST, lambda r: [x.update(nll=[4.3]) for x in r["perplexity"] if x["model"] == "packed"]),
         (TIES, lambda r: r["codes"][0].update(equal=9_989)),
         (TIES, lambda r: r["codes"][0].update(by=2)),

@@ -74,3 +74,18 @@ def test_prefix_rows(lab):
     found = study.by_prefix(lab, {"RH": "RH"}, 0, 1)
     assert found["prefix"] and found["rows"][0]["rotation"] == "RH"
     assert found["rows"][0]["plain"] != found["rows"][0]["prefixed"]
+
+
+def test_values_refined_for_each_head(lab, monkeypatch):
+    quick = Preset(objective="kurtosis", gamma=100.0, windows=8, iterations=2)
+    monkeypatch.setitem(PRESETS, "recommended", quick)
+    rows = study.by_values(lab, ["centroids", "kurtosis"], [0, 1], 1)
+    assert [(r["values"], r["seed"]) for r in rows] == [
+        (v, s) for s in (0, 1) for v in ("Hadamard", "centroids", "kurtosis")
+    ]
+    assert rows[1]["after"] < rows[1]["before"]
+    assert len({r["ppl"] for r in rows}) == 6
+    monkeypatch.setattr(study.evaluation, "perplexity", None)  # all of it is kept
+    assert study.by_values(lab, ["centroids", "kurtosis"], [0, 1], 1) == rows
+    table = study.values_table({"values": rows})
+    assert len(table.rows) == 3 and "→" in table.rows[1][2]

@@ -344,3 +344,25 @@ def test_heads_that_do_not_divide_are_refused():
     kv = reference.quantize_kv(torch.zeros(1, 2, 4, 8))
     with pytest.raises(KernelError, match="q has 3 heads: use a multiple of the cache's 2"):
         reference.decode_attention(torch.zeros(1, 3, 8), kv, kv, torch.ones(1, dtype=torch.int32))
+
+
+# --- fp64 -----------------------------------------------------------------------------------------
+
+
+@few
+@given(SEEDS, st.booleans(), st.integers(1, 30))
+def test_fp64_stays_fp64(seed, symmetric, half):
+    k, g = 2 * half, generator(seed)
+    x, bias = rows(seed, 5, k).double() + 1e-9, torch.randn(7, generator=g, dtype=torch.float64)
+    w = reference.pack_weight(codes(seed, 7, k), torch.rand(7, generator=g) + 0.1)
+    full = reference.unpack(w.packed).double() * w.scale.double()[:, None]
+    spec = QuantSpec(symmetric=symmetric)
+    for made, turned in (
+        (reference.quantize_int4(x, symmetric=symmetric), x),
+        (reference.hadamard_quantize(x, symmetric=symmetric), hadamard.transform(x)),
+    ):
+        assert made.scale.dtype == torch.float64
+        found = reference.matmul(made, w, bias, dtype=torch.float64)
+        wanted = fake_quantize(turned, spec) @ full.T + bias
+        assert relative(found, wanted) < 1e-13
+    assert relative(reference.matmul_fp(x, w, bias), x @ full.T + bias) < 1e-13

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import exact, haar, logits, random_tokens, relative
+from conftest import exact, haar, logits, own_for_each_head, random_tokens, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -88,6 +88,26 @@ def merged(model, r1: str, seed: int, r2: str = "RH"):
         R4=True,
     )
     return quantized_model.build(folded, rotation, UNQUANTIZED)
+
+
+@given(architectures(), st.integers(0, 99))
+def test_r2_of_each_head_changes_no_logit(shape, seed):
+    kind, options = shape
+    model = exact(models.fold_gains(models.tiny(kind, **options)))
+    turned = rotations.merge(copy.deepcopy(model), Rotations(R2=own_for_each_head(model, seed)))
+    assert relative(logits(turned, random_tokens(seed)), logits(model, random_tokens(seed))) < 1e-9
+    value = [
+        models.layers(m)[0].attention_inputs["self_attn.v_proj"].weight for m in (model, turned)
+    ]
+    assert relative(*value) > 1e-3
+
+
+def test_equal_r2_of_all_heads_is_one_r2(llama):
+    one = haar(16, 3)
+    many = one.expand(2, 2, 16, 16)
+    a, b = (rotations.merge(copy.deepcopy(llama), Rotations(R2=r)) for r in (one, many))
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        assert relative(x, y) < 1e-6
 
 
 @settings(max_examples=60)
@@ -209,6 +229,14 @@ def test_parts_merged_one_after_another_are_the_whole(llama):
         (Rotations(R1=haar(64) * torch.nan), "R1 is not orthogonal: .* = nan"),
         (Rotations(R1=haar(64), R2=haar(64)), r"R2 is \[64, 64\] but the model needs \[16, 16\]"),
         (Rotations(R1=haar(64), R2=haar(16) * 2), "R2 is not orthogonal"),
+        (
+            Rotations(R2=haar(16).expand(2, 3, 16, 16)),
+            r"R2 is \[2, 3, 16, 16\] but the model needs",
+        ),
+        (
+            Rotations(R2=haar(16).expand(2, 2, 16, 16) * 2),
+            "R2 of layer 0, head 0 is not orthogonal",
+        ),
     ],
 )
 def test_a_wrong_matrix_is_refused_and_the_model_left_alone(llama, rotation, said):

@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 import torch
+from dfrot_kernels.reference import unpack
 from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,10 +23,12 @@ from dfrot_lab.tables import Table
 
 __all__ = [
     "BITS",
+    "EXACT",
     "WEIGHTS",
     "apart",
     "codes",
     "codes_table",
+    "in_fp64",
     "memory",
     "packed_model",
     "perplexities",
@@ -36,6 +39,7 @@ __all__ = [
 
 BITS = "4-4-16"  # what the int4 kernels compute: weights and activations
 WEIGHTS = "4-16-16"  # the weights alone
+EXACT = ", in fp64"
 # the four inputs of a layer that are quantized, by the linears that read them
 ROLES = ("q, k, v", "o", "gate, up", "down (Hadamard first)")
 LLAMA_2_7B = {"layers": 32, "hidden": 4096, "inner": 11008, "words": 32000}
@@ -53,7 +57,8 @@ def perplexities(
     """Floating point, fake-quantized and packed, with quantized activations and without, same windows.
 
     At 4-bit activations a last bit turns a code at a rounding tie, and every code after it may follow. So
-    both models are scored again, `draws` times, with the last bits of their weights' steps changed.
+    both models are scored again, `draws` times, with the last bits of their weights' steps changed; and
+    both in fp64, from the packed codes and steps, where last bits are too small to turn a code.
     """
     text = lab.evaluation_tokens(windows)
     rows = [_row(lab.perplexity("FP", seed, windows=windows), "floating point", "")]
@@ -65,9 +70,29 @@ def perplexities(
         del made
     pair = {"fake-quantized": lab.quantized("RH", seed, bits=BITS), "packed": packed}
     for name, model in pair.items():
+        rows.append(_row(_scored(in_fp64(model, packed), text), name + EXACT, BITS))
+    for name, model in pair.items():
         for draw in range(1, draws + 1):
             rows.append(_row(_scored(_nudged(model, draw), text), name, BITS, draw))
     return rows
+
+
+@torch.no_grad()
+def in_fp64(model: nn.Module, packed: nn.Module) -> nn.Module:
+    """A copy of the fake-quantized `model` or of `packed` itself that computes in fp64 throughout.
+
+    The weights of a fake-quantized one become Δ·w of the packed codes and steps, without rounding; a packed
+    one computes through the torch definitions, since the kernels have no fp64.
+    """
+    wide = models.preserve_norm_dtype(copy.deepcopy(model).double())
+    packs = {n: m for n, m in packed.named_modules() if isinstance(m, Int4Linear)}
+    for name, module in wide.named_modules():
+        if isinstance(module, QuantLinear):
+            steps = packs[name].scale.double()[:, None]
+            module.weight.copy_(unpack(packs[name].packed).double() * steps)
+        elif isinstance(module, (Int4Linear, Int4Quantizer)):
+            module.backend = "torch"
+    return wide
 
 
 def _row(found: dict[str, Any], model: str, bits: str, draw: int = 0) -> dict[str, Any]:
@@ -122,8 +147,9 @@ def perplexity_table(result: dict[str, Any]) -> Table:
         of.setdefault((r["model"], r["bits"]), []).append(r["ppl"])
     for (model, bits), values in of.items():
         first, *draws = values
-        fake = of.get(("fake-quantized", bits))
-        away = f"{100 * (first / fake[0] - 1):+.3f} %" if model == "packed" else ""
+        fake = of.get((model.replace("packed", "fake-quantized"), bits))
+        digits = 9 if model.endswith(EXACT) else 3
+        away = f"{100 * (first / fake[0] - 1):+.{digits}f} %" if "packed" in model else ""
         span = f"{min(draws):,.2f} to {max(draws):,.2f}" if draws else ""
         rows.append((model, bits, f"{first:,.4f}", away, span))
     n = len(result["perplexity"][0]["nll"])

@@ -5,12 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dfrot_lab import cayley, evaluation, files, prefix, rotations
+from dfrot_lab import (
+    cayley,
+    evaluation,
+    files,
+    heads,
+    models,
+    prefix,
+    quantized_model,
+    rotations,
+)
+from dfrot_lab import objectives as interface
 from dfrot_lab.evaluation import spread
 from dfrot_lab.lab import Lab
 from dfrot_lab.presets import PRESETS, Preset
@@ -19,8 +30,20 @@ from dfrot_lab.quantizers import QuantSpec
 from dfrot_lab.results import Claim
 from dfrot_lab.rotations import Rotations
 from dfrot_lab.studies.perplexities import paired
+from dfrot_lab.tables import Table
 
-__all__ = ["by_prefix", "by_task_loss", "claims", "confirm", "pareto", "screen", "three", "top"]
+__all__ = [
+    "by_prefix",
+    "by_task_loss",
+    "by_values",
+    "claims",
+    "confirm",
+    "pareto",
+    "screen",
+    "three",
+    "top",
+    "values_table",
+]
 
 GPTQ = "gptq-shared"
 LABELS = {
@@ -75,12 +98,16 @@ def confirm(
     bits: str,
     second: str | None,
 ) -> list[dict[str, Any]]:
-    """RH, the presets and the `chosen` of the screening with GPTQ at `bits`, over seeds.
+    """RH, the presets and the `chosen` of the screening with GPTQ at `bits`, over seeds; and what `dfrot`
+    would be with as many windows and steps as `recommended`.
 
     Each row has the perplexity there, KL to the floating-point model and perplexity at W16A4, and the
     latter on the corpus `second` too, which no calibration has seen.
     """
     methods: dict[str, Preset | None] = {"RH": None} | dict(PRESETS)
+    methods["dfrot, windows and steps of recommended"] = replace(
+        PRESETS["recommended"], objective="centroids"
+    )
     for row in chosen:
         made = Preset(objective=row["objective"], gamma=float(row["gamma"]))
         if made not in methods.values():
@@ -159,6 +186,63 @@ def by_prefix(lab: Lab, names: dict[str, str], seed: int, windows: int) -> dict[
         found = prefix.perplexity(lab.quantized(name, seed), rotation, spec, ahead, tokens)
         out.append({"rotation": label, "plain": plain, "prefixed": found.value})
     return {"prefix": [lab.tokenizer.decode([t]) for t in ahead], "rows": out}
+
+
+def by_values(
+    lab: Lab, objectives: list[str], seeds: list[int], windows: int
+) -> list[dict[str, Any]]:
+    """W16A4 perplexity under `recommended` with one Hadamard R2, and with R2 refined for each head.
+
+    R2 is refined for each of `objectives` on what o_proj is given in the lab's own calibration windows, from
+    the Hadamard. before, after: its loss, mean over layers.
+    """
+    size = models.layers(lab.lm)[0].module.self_attn.head_dim
+    hadamard = rotations.random_hadamard(size)
+    start = hadamard.expand(lab.lm.config.num_key_value_heads, -1, -1)
+    x, out, spec = heads.collect(lab.lm, lab.calibration_tokens), [], ModelSpec.of("16-4-16")
+    refined = {}
+    for name in objectives:
+        made = interface.named(name, QuantSpec())
+        steps = lab.iterations
+        refined[name] = heads.refine_layers(x, start, made, iterations=steps, progress=f"R2 {name}")
+    for seed in tqdm(seeds, desc="values", unit="seed"):
+        file = str(PRESETS["recommended"].rotation_file(lab, seed))
+        plain = lab.perplexity(file, seed, windows=windows)
+        out.append({"values": "Hadamard", "seed": seed, "ppl": plain["ppl"], "nll": plain["nll"]})
+        for name, (r2, losses) in refined.items():
+            rotation = Rotations(R1=lab.rotation(file, seed), R2=r2, R4=True)
+            row = {"values": name, "seed": seed} | _values(lab, rotation, spec, windows)
+            row["before"], row["after"] = (
+                float(f"{statistics.fmean(run[i] for run in losses):.4g}") for i in (0, -1)
+            )
+            out.append(row)
+    return out
+
+
+def _values(lab: Lab, rotation: Rotations, spec: ModelSpec, windows: int) -> dict[str, Any]:
+    """Perplexity of the model with `rotation` merged, kept by what it is made of."""
+    about = [rotation.R1.tolist(), rotation.R2.tolist(), str(spec), windows, lab.about]
+    path = Path(lab.folder) / "measurements" / f"values-{_digest(*about)}.json"
+    if not path.exists():
+        model = quantized_model.build(lab.lm, rotation, spec)
+        found = evaluation.perplexity(model, lab.evaluation_tokens(windows))
+        files.write_json(path, {"ppl": found.value, "nll": found.nll})
+    found = files.read_json(path)
+    return {"ppl": float(found["ppl"]), "nll": [float(v) for v in found["nll"]]}
+
+
+def values_table(result: dict[str, Any]) -> Table:
+    """R2 as one Hadamard, and refined for each head: mean ± sd over seeds."""
+    rows = []
+    for name in dict.fromkeys(r["values"] for r in result["values"]):
+        these = [r for r in result["values"] if r["values"] == name]
+        found = spread([float(r["ppl"]) for r in these])
+        loss = f"{these[0]['before']:.3g} → {these[0]['after']:.3g}" if "after" in these[0] else ""
+        label = LABELS.get(name, "one Hadamard for all")
+        rows.append((label, f"{found['mean']:.2f} ± {found['sd']:.2f}", loss))
+    header = ("R2", "perplexity", "its loss, first step → last")
+    title = f"R2 under `recommended`, 16-4-16, {len(these)} seeds"
+    return Table(title, header, tuple(rows), frozenset((1, 2)))
 
 
 def three(lab: Lab, seed: int) -> dict[str, str]:

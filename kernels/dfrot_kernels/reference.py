@@ -173,8 +173,8 @@ def fake_quantize(
 class Tokens(NamedTuple):
     """Activations quantized per token: x̂ = Δ·(q − z).
 
-    codes: int8, q in −8…7 [..., K], or packed two a byte [..., K/2]; scale: Δ fp32 [...]; zero: z int32
-    [...], −8…7 too, and 0 throughout for the symmetric quantizer.
+    codes: int8, q in −8…7 [..., K], or packed two a byte [..., K/2]; scale: Δ fp32 [...] (fp64 where the
+    reference was given fp64); zero: z int32 [...], −8…7 too, and 0 throughout for the symmetric quantizer.
     """
 
     codes: Tensor
@@ -220,10 +220,16 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.cat([(packed << 4) >> 4, packed >> 4], -1)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic: fp32, or fp64 if it has that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def quantize_int4(
     x: Tensor, *, symmetric: bool = False, packed: bool = True, clip: float = 1.0
 ) -> Tokens:
-    """Per-token 4-bit codes of x [..., K], computed in fp32 by `quantize`.
+    """Per-token 4-bit codes of x [..., K], computed in fp32 by `quantize` (here, not in the kernels, in
+    fp64 for an x in fp64: two ways to compute a model can then be told apart from their rounding).
 
     A row that holds NaN or Inf gets scale NaN, so that whatever is computed from it is NaN. Raises
     KernelError for an integer or non-contiguous x, odd K or K > MAX_K.
@@ -231,7 +237,7 @@ def quantize_int4(
     checks.floating("x", x)
     checks.even("x", x.shape[-1])
     spec = QuantSpec(bits=4, symmetric=symmetric, clip=clip)
-    rows = x.float()
+    rows = _wide(x)
     scale, zero = step(rows, spec)
     found = quantize(rows, spec, scale=scale, zero=zero).codes
     fine = rows.isfinite().all(-1, keepdim=True)
@@ -272,7 +278,7 @@ def hadamard_quantize(
 ) -> Tokens:
     """The 4-bit codes of x H(K), see `hadamard.transform`; x [..., K], the product in fp32."""
     checks.floating("x", x)
-    turned = hadamard.transform(x.float())
+    turned = hadamard.transform(_wide(x))
     return quantize_int4(turned, symmetric=symmetric, packed=packed, clip=clip)
 
 
@@ -298,15 +304,16 @@ def matmul(
     total = F.linear(codes.float(), unpack(w.packed).float())  # integers below 2²⁴: exact in fp32
     total -= x.zero[..., None] * w.sums
     y = total * x.scale[..., None] * w.scale
-    return (y if bias is None else y + bias.float()).to(dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).to(dtype)
 
 
 def matmul_fp(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
     """W4A16: y_tn = Δ_n Σ_k x_tk w_nk + b_n, [..., N] in x's dtype, summed in fp32."""
     checks.floating("x", x, last=2 * w.packed.shape[-1])
     checks.vector("bias", bias, len(w.scale))
-    y = F.linear(x.float(), unpack(w.packed).float()) * w.scale
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    rows = _wide(x)
+    y = F.linear(rows, unpack(w.packed).to(rows.dtype)) * w.scale
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 def quantize_kv(x: Tensor) -> KV:
