@@ -1,0 +1,127 @@
+"""Manifests: SHA-256 of what was published and of what a batch left, recomputed.
+
+`SHA256SUMS` has the format of coreutils, so `sha256sum -c SHA256SUMS` in its folder checks it too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dfrot_lab import assets, files
+
+__all__ = ["NAME", "ManifestError", "check", "check_artefacts", "check_assets", "write"]
+
+NAME = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+class ManifestError(ValueError):
+    """A manifest that is missing or malformed; one line: what, where, what to do."""
+
+
+def write(folder: str | Path) -> Path:
+    """Write folder/SHA256SUMS over every file below `folder`, hidden ones and itself left out."""
+    folder = Path(folder)
+    with files.atomic(folder / NAME) as partial:
+        lines = [f"{files.sha256(p)}  {p.relative_to(folder).as_posix()}" for p in _below(folder)]
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / NAME
+
+
+def check(folder: str | Path) -> dict[str, str]:
+    """File → what is wrong with it ("altered", "missing", "not listed"); empty where all is well.
+
+    Raises ManifestError where the manifest is missing or a line of it cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise ManifestError(
+            f"{folder / NAME} is missing or damaged: restore it, or write it with `dfrot-lab publish`"
+        ) from None
+    listed = {}
+    for number, line in enumerate(lines, 1):
+        if not (found := _LINE.fullmatch(line)):
+            raise ManifestError(f"{folder / NAME}, line {number}, is no hash and file: restore it")
+        listed[found[2]] = found[1]
+    present = {p.relative_to(folder).as_posix(): p for p in _below(folder)}
+    wrong = dict.fromkeys(present.keys() - listed.keys(), "not listed")
+    for name, digest in listed.items():
+        if name not in present:
+            wrong[name] = "missing"
+        elif files.sha256(present[name]) != digest:
+            wrong[name] = "altered"
+    return dict(sorted(wrong.items()))
+
+
+def check_assets(hashes: dict[str, str]) -> dict[str, str]:
+    """Asset → what is wrong with it; hashes: as recorded. The cached files are hashed anew."""
+    wrong = {}
+    for name, digest in hashes.items():
+        if name not in assets.ASSETS:
+            wrong[name] = "unknown to this version"
+        elif digest != assets.ASSETS[name].sha256:
+            wrong[name] = (
+                f"recorded as {digest[:12]}…, pinned as {assets.ASSETS[name].sha256[:12]}…"
+            )
+        else:
+            try:
+                assets.path(name)
+            except assets.AssetError as error:
+                wrong[name] = str(error)
+    return wrong
+
+
+def check_artefacts(folder: str | Path, tokens: dict[str, str]) -> dict[str, str]:
+    """File of folder/artefacts → what is wrong with it ("missing", "altered", "truncated", …).
+
+    Rotations listed in rotations.json are hashed; of every other safetensors file, whose hash nothing
+    records, the length is held against its header. tokens: notebook → hash of the calibration tokens,
+    which is held against that of the activations.
+    """
+    home, wrong = Path(folder) / "artefacts", {}
+    listing = home / "rotations.json"
+    listed = files.read_json(listing) if listing.is_file() else {}
+    for name, digest in listed.items():
+        file = home / "rotations" / name
+        if not file.is_file():
+            wrong[f"rotations/{name}"] = "missing"
+        elif files.sha256(file) != digest:
+            wrong[f"rotations/{name}"] = "altered"
+    for file in sorted(home.rglob("*.safetensors")):
+        name = file.relative_to(home).as_posix()
+        about = _metadata(file)
+        if name not in wrong and about is None:
+            wrong[name] = "truncated"
+        elif file.name == "activations.safetensors" and about is not None:
+            collected = json.loads(about.get("dfrot", "{}")).get("tokens")
+            unlike = [n for n, digest in tokens.items() if digest != collected]
+            if unlike:
+                wrong[name] = f"collected on other tokens than recorded in {', '.join(unlike)}"
+    return wrong
+
+
+def _metadata(file: str | Path) -> dict[str, str] | None:
+    """The metadata of a safetensors file; None where its length is not what its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as f:
+            return f.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for p in sorted(folder.rglob("*")):
+        inside = p.relative_to(folder)
+        if (
+            p.is_file()
+            and inside.as_posix() != NAME
+            and not any(part.startswith(".") for part in inside.parts)
+        ):
+            yield p
