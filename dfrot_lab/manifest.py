@@ -79,14 +79,15 @@ def check_assets(hashes: dict[str, str]) -> dict[str, str]:
 def check_artefacts(folder: str | Path, tokens: dict[str, str]) -> dict[str, str]:
     """File of folder/artefacts → what is wrong with it ("missing", "altered", "truncated", …).
 
-    Rotations listed in rotations.json are hashed; of every other safetensors file, whose hash nothing
-    records, the length is held against its header. tokens: notebook → hash of the calibration tokens,
-    which is held against that of the activations.
+    assets.json has to hold the pinned hashes. Rotations listed in rotations.json are hashed; of every
+    other safetensors file, whose hash nothing records, the length is held against its header.
+    tokens: notebook → hash of the calibration tokens, which is held against that of the activations.
     """
     home, wrong = Path(folder) / "artefacts", {}
-    listing = home / "rotations.json"
-    listed = files.read_json(listing) if listing.is_file() else {}
-    for name, digest in listed.items():
+    for name, digest in _listed(home / "assets.json", wrong).items():
+        if name not in assets.ASSETS or digest != assets.ASSETS[name].sha256:
+            wrong["assets.json"] = f"records {name} as {digest}, which is not what is pinned"
+    for name, digest in _listed(home / "rotations.json", wrong).items():
         file = home / "rotations" / name
         if not file.is_file():
             wrong[f"rotations/{name}"] = "missing"
@@ -103,6 +104,17 @@ def check_artefacts(folder: str | Path, tokens: dict[str, str]) -> dict[str, str
             if unlike:
                 wrong[name] = f"collected on other tokens than recorded in {', '.join(unlike)}"
     return wrong
+
+
+def _listed(path: Path, wrong: dict[str, str]) -> dict[str, str]:
+    """Name → hash in `path`; {} where it is not there, and where it is damaged, which `wrong` then says."""
+    try:
+        return dict(files.read_json(path))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        wrong[path.name] = "damaged"
+        return {}
 
 
 def _metadata(file: str | Path) -> dict[str, str] | None:

@@ -1,23 +1,21 @@
 """Verify: the results of a profile held against a committed reference, figure by figure.
 
 A reference is a folder that `dfrot-lab publish` has written, NOTEBOOK/{result.json, provenance.json,
-FIGURE.png, …} with SHA256SUMS beside them, or another results folder. Where processor, threads, device and versions are
-those of the reference, every byte has to be equal; elsewhere `tolerances` says how far a number may be.
+FIGURE.png, …} with SHA256SUMS beside them, or another results folder. Where processor, threads, device
+and versions are those of the reference, every byte has to be equal; elsewhere `tolerances` says how far a
+number may be.
 What was timed (speed.json and the figures drawn from it, wall time, memory) is never compared.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from dfrot_lab import files, manifest, plots, results, tolerances
-from dfrot_lab.plots.int4_kernels import TIMED
+from dfrot_lab import files, manifest, pictures, results, tolerances
 from dfrot_lab.tolerances import Difference
 from dfrot_lab.verdicts import Line, NotebookReport, Report
 
@@ -74,7 +72,9 @@ def verify(
             notebooks.append(_notebook(name, folder, reference, altered, tolerant))
         else:
             detail = f"no result in {folder / name}: run `{_target(name)}`"
-            lines = [Line("figure", n, "missing", detail) for n in _figures(name, reference)]
+            lines = [
+                Line("figure", n, "missing", detail) for n in pictures.expected(name, reference)
+            ]
             lines = lines or [Line("notebook", name, "missing", detail)]
             notebooks.append(NotebookReport(name, "missing", lines))
     for name in [] if asked else sorted((known | made) - wanted):
@@ -117,8 +117,6 @@ def _hashes(
     else:
         lines = [_wrong("reference", altered, f"every file as in {manifest.NAME}")]
     recorded = {k: v for found in inputs.values() for k, v in found.get("assets", {}).items()}
-    if (folder / "artefacts" / "assets.json").is_file():
-        recorded |= files.read_json(folder / "artefacts" / "assets.json")
     if recorded:
         good = f"{', '.join(sorted(recorded))}: SHA-256 of the cached files as pinned"
         lines.append(_wrong("assets", manifest.check_assets(recorded), good))
@@ -172,9 +170,9 @@ def _notebook(
     name: str, folder: Path, reference: Path, altered: dict[str, str], tolerant: bool
 ) -> NotebookReport:
     home, other = folder / name, reference / name
-    figures = _figures(name, other.parent)
+    figures = pictures.expected(name, other.parent)
     try:
-        ours, theirs = results.load(home), results.load(other)
+        ours, theirs = _result(home), _result(other)
     except results.ResultError as error:
         lines = [Line("figure", f, "differs", "(no result to draw it from)") for f in figures]
         return NotebookReport(
@@ -183,14 +181,17 @@ def _notebook(
     made, published = _provenance(home), _provenance(other)
     elsewhere = _elsewhere(made, published)
     if unlike := _parameters(ours, theirs):
-        lines = [Line("figure", f, "not comparable", f"({unlike})") for f in figures]
-        return NotebookReport(name, f"not comparable: {unlike}", lines)
+        lines = [Line("figure", f, "not comparable") for f in figures]
+        lines.append(Line("parameters", "parameters", "not comparable", f"({unlike})"))
+        return NotebookReport(name, "other parameters", lines)
     drawn_with = {k for k in elsewhere if k.split()[0] in _DRAWING}
     exact = not (elsewhere - drawn_with) and not tolerant
     pair = _Pair(name, home, other, ours, theirs, exact, exact and not drawn_with)
     about = "same machine and versions, every byte equal" if exact else "within tolerances"
     if elsewhere:
         about += f" ({'; '.join(sorted(elsewhere))})"
+    if published.get("commit"):
+        about += f"; reference from commit {published['commit'][:7]}"
     wrong = tolerances.differences(_compared(theirs), _compared(ours), exact=exact)
     inputs = tolerances.differences(_inputs(published), _inputs(made), exact=True)
     said = made.get("parameters") != ours.get("parameters")
@@ -200,9 +201,16 @@ def _notebook(
     if said:
         detail = f"(parameters in {home / 'provenance.json'} are not those of the result)"
         lines.append(Line("inputs", "provenance", "differs", detail))
-    if not pair.same_drawing:
+    if figures and not pair.same_drawing:
         lines += _redrawn(pair, made, figures)
     return NotebookReport(name, about, lines)
+
+
+def _result(home: Path) -> dict[str, Any]:
+    found = results.load(home)
+    if not isinstance(found, dict):
+        raise results.ResultError(f"{home / 'result.json'} is damaged: it holds no result")
+    return found
 
 
 def _compared(result: dict[str, Any]) -> dict[str, Any]:
@@ -242,39 +250,18 @@ def _worst(wrong: list[Difference]) -> str:
     return f"in {wrong[0]}{more}"
 
 
-# --- figures --------------------------------------------------------------------------------------
-
-
-def _figures(notebook: str, reference: Path) -> list[str]:
-    """The figures of a notebook, those of the package and those of the reference, timed ones left out."""
-    ours = [n for n, spec in plots.FIGURES.items() if spec.notebook == notebook]
-    theirs = sorted(
-        p.stem for p in _files(reference / notebook).values() if p.suffix in (".png", ".pdf")
-    )
-    return [n for n in dict.fromkeys([*ours, *theirs]) if n not in TIMED]
-
-
-def _files(home: Path) -> dict[str, Path]:
-    """Name → figure, caption and table files, in a published folder or in a notebook's results."""
-    found = [*home.glob("*"), *home.glob("figures/*")]
-    suffixes = (".png", ".pdf", ".md")
-    return {
-        p.name: p
-        for p in found
-        if p.is_file() and (p.suffix in suffixes or p.name.startswith("tables_"))
-        if not p.name.startswith(".")
-    }
+# --- its lines --------------------------------------------------------------------------------------
 
 
 def _figure(name: str, pair: _Pair, wrong: list[Difference], altered: dict[str, str]) -> Line:
     """Its data, then its files."""
-    ours, theirs = _files(pair.home), _files(pair.reference)
+    ours, theirs = pictures.files_of(pair.home), pictures.files_of(pair.reference)
     parts = [f"{name}{suffix}" for suffix in (".pdf", ".png", ".md")]
     if lost := [p for p in parts if p not in ours]:
         return Line("figure", name, "missing", f"({', '.join(lost)} not in {pair.home})")
     if lost := [p for p in parts if p not in theirs]:
         return Line("figure", name, "missing", f"({', '.join(lost)} not in {pair.reference})")
-    keys = _keys(name, pair.theirs) if wrong else set()
+    keys = pictures.keys(name, pair.theirs) if wrong else set()
     mine = [d for d in wrong if _top(d) in keys or not _top(d)]
     if mine:
         return Line("figure", name, "differs", _worst(mine), mine)
@@ -290,34 +277,6 @@ def _figure(name: str, pair: _Pair, wrong: list[Difference], altered: dict[str, 
 
 def _top(difference: Difference) -> str:
     return difference.path.split(".")[0].split("[")[0]
-
-
-def _keys(name: str, result: dict[str, Any]) -> set[str]:
-    """The top-level keys of a result that a figure and its caption read; all, where it cannot be drawn."""
-    watched = _Watched(result)
-    try:
-        plots.draw(name, watched)
-        plots.caption(name, watched)
-    except (plots.PlotError, results.ResultError, ValueError, TypeError):
-        return set(result)
-    return watched.read
-
-
-class _Watched(Mapping):
-    """A result that notes which of its keys are read."""
-
-    def __init__(self, result: dict[str, Any]) -> None:
-        self._result, self.read = result, set()
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return self._result[key]
-
-    def __iter__(self):
-        return iter(self._result)
-
-    def __len__(self) -> int:
-        return len(self._result)
 
 
 def _rest(pair: _Pair, wrong: list[Difference]) -> list[Line]:
@@ -336,8 +295,10 @@ def _rest(pair: _Pair, wrong: list[Difference]) -> list[Line]:
         lines.append(Line("claims", "claims", "differs", _worst(claims), claims))
     elif count:
         agree = sum(bool(c.get("agrees")) for c in pair.theirs["claims"])
-        lines.append(Line("claims", "claims", "reproduced", f"({agree} of {count} agree)"))
-    ours, theirs = _files(pair.home), _files(pair.reference)
+        lines.append(
+            Line("claims", "claims", "reproduced", f"({agree} of {count} agree with the paper)")
+        )
+    ours, theirs = pictures.files_of(pair.home), pictures.files_of(pair.reference)
     for name in sorted(n for n in theirs if n.startswith("tables_")):
         if name not in ours:
             lines.append(Line("table", name, "missing", f"(not in {pair.home})"))
@@ -356,29 +317,17 @@ def _bytes(home: Path) -> bytes:
 
 def _redrawn(pair: _Pair, made: dict[str, Any], figures: list[str]) -> list[Line]:
     """Whether the files in the results are what their own result gives, where they can be drawn alike."""
-    if not figures:
-        return []
     versions = made.get("versions") or {}
     for package in ("matplotlib", "numpy"):
-        if versions.get(package) != metadata.version(package):
-            detail = f"(drawn with {package} {versions.get(package)}; here it is another)"
+        if (here := metadata.version(package)) != versions.get(package):
+            detail = f"(drawn with {package} {versions.get(package)}, which is {here} here)"
             return [Line("pictures", "pictures", "not compared", detail)]
-    with TemporaryDirectory() as temporary:
-        home = Path(temporary) / pair.name
-        home.mkdir()
-        for name in ("result.json", "speed.json"):
-            if (pair.home / name).is_file():
-                shutil.copyfile(pair.home / name, home / name)
-        try:
-            plots.draw_notebook(pair.name, home)
-        except (plots.PlotError, results.ResultError) as error:
-            return [Line("pictures", "pictures", "differs", f"({error})")]
-        drawn, ours = _files(home), _files(pair.home)
-        unlike = [
-            n for n, p in drawn.items()
-            if p.stem in figures and n in ours and p.read_bytes() != ours[n].read_bytes()
-        ]  # fmt: skip
+    try:
+        unlike = pictures.stale(pair.home, figures)
+    except Exception as error:  # what was altered may fail anywhere
+        detail = f"(cannot be drawn from {pair.home / 'result.json'}: {error})"
+        return [Line("pictures", "pictures", "differs", detail)]
     if unlike:
-        detail = f"({', '.join(sorted(unlike))} not what {pair.home / 'result.json'} gives)"
+        detail = f"({', '.join(unlike)} not what {pair.home / 'result.json'} gives)"
         return [Line("pictures", "pictures", "differs", detail)]
     return [Line("pictures", "pictures", "reproduced", "(drawn again from this result, as found)")]
