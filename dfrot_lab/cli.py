@@ -261,7 +261,7 @@ def publish(folder: Path, to: Path) -> None:
         for file in [source, source.with_name("provenance.json"), *figures, *beside]:
             shutil.copyfile(file, target / file.name)
         click.echo(target)
-    manifest.write(to)
+    manifest.write(to, [source.parent.name for source in sources])
 
 
 @app.command()

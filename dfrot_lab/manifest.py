@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dfrot_lab import assets, files
@@ -22,12 +22,23 @@ class ManifestError(ValueError):
     """A manifest that is missing or malformed; one line: what, where, what to do."""
 
 
-def write(folder: str | Path) -> Path:
-    """Write folder/SHA256SUMS over every file below `folder`, hidden ones and itself left out."""
+def write(folder: str | Path, published: Iterable[str] | None = None) -> Path:
+    """Write folder/SHA256SUMS over every file below `folder`, hidden ones and itself left out.
+
+    published: the subfolders that are new; what the manifest says of the others stays, so that publishing
+    one notebook does not bless what was altered in another. None, or no manifest yet: all of them.
+    """
     folder = Path(folder)
+    found = {p.relative_to(folder).as_posix(): p for p in _below(folder)}
+    lines = {}
+    if published is not None and (folder / NAME).is_file():
+        new = set(published)
+        lines = {k: v for k, v in _read(folder / NAME).items() if k.split("/")[0] not in new}
+        found = {k: p for k, p in found.items() if k.split("/")[0] in new}
+    lines |= {name: files.sha256(p) for name, p in found.items()}
     with files.atomic(folder / NAME) as partial:
-        lines = [f"{files.sha256(p)}  {p.relative_to(folder).as_posix()}" for p in _below(folder)]
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
+        partial.write_text(text, encoding="utf-8")
     return folder / NAME
 
 
@@ -37,17 +48,7 @@ def check(folder: str | Path) -> dict[str, str]:
     Raises ManifestError where the manifest is missing or a line of it cannot be read.
     """
     folder = Path(folder)
-    try:
-        lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, UnicodeDecodeError):
-        raise ManifestError(
-            f"{folder / NAME} is missing or damaged: restore it, or write it with `dfrot-lab publish`"
-        ) from None
-    listed = {}
-    for number, line in enumerate(lines, 1):
-        if not (found := _LINE.fullmatch(line)):
-            raise ManifestError(f"{folder / NAME}, line {number}, is no hash and file: restore it")
-        listed[found[2]] = found[1]
+    listed = _read(folder / NAME)
     present = {p.relative_to(folder).as_posix(): p for p in _below(folder)}
     wrong = dict.fromkeys(present.keys() - listed.keys(), "not listed")
     for name, digest in listed.items():
@@ -56,6 +57,21 @@ def check(folder: str | Path) -> dict[str, str]:
         elif files.sha256(present[name]) != digest:
             wrong[name] = "altered"
     return dict(sorted(wrong.items()))
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise ManifestError(
+            f"{path} is missing or damaged: restore it, or write it with `dfrot-lab publish`"
+        ) from None
+    listed = {}
+    for number, line in enumerate(lines, 1):
+        if not (found := _LINE.fullmatch(line)):
+            raise ManifestError(f"{path}, line {number}, is no hash and file: restore it")
+        listed[found[2]] = found[1]
+    return listed
 
 
 def check_assets(hashes: dict[str, str]) -> dict[str, str]:

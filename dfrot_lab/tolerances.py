@@ -57,15 +57,15 @@ class Difference:
         return math.inf
 
     def __str__(self) -> str:
-        """`rows[2].ppl: 33.1 against 31.6 (4.7 %, tolerance 3 %)`."""
-        said = f"{self.path}: {_short(self.found)} against {_short(self.reference)}"
+        """`by 4.7 % in rows[2].ppl: 33.1 against 31.6 (tolerance 3 %)`; found first."""
+        said = (
+            f"in {self.path or 'the result'}: {_short(self.found)} against {_short(self.reference)}"
+        )
         if not (_number(self.reference) and _number(self.found)):
             return said
-        told = [] if self.reference == 0 else [_share(self.found - self.reference, self.reference)]
-        if self.tolerance is not None:
-            within = _share(self.tolerance, self.reference) if self.reference else self.tolerance
-            told.append(f"tolerance {within}")
-        return f"{said} ({', '.join(told)})" if told else said
+        by = _amount(self.found - self.reference, self.reference)
+        told = f" (tolerance {_amount(self.tolerance, self.reference)})" if self.tolerance else ""
+        return f"by {by} {said}{told}"
 
 
 def differences(reference: Any, found: Any, *, exact: bool) -> list[Difference]:
@@ -295,5 +295,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 90 else f"{text[:89]}…"
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{100 * abs(part / whole):.2g} %"
+def _amount(part: float, whole: float) -> str:
+    """Relative to `whole`, or as it is where that is 0."""
+    return f"{100 * abs(part / whole):.2g} %" if whole else f"{abs(part):.2g}"

@@ -247,7 +247,7 @@ def _parameters(ours: dict, theirs: dict) -> str:
 
 def _worst(wrong: list[Difference]) -> str:
     more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    return f"in {wrong[0]}{more}"
+    return f"{wrong[0]}{more}"
 
 
 # --- its lines --------------------------------------------------------------------------------------

@@ -45,6 +45,16 @@ def test_what_is_altered_missing_or_new_is_named(published):
     }
 
 
+def test_publishing_one_notebook_blesses_nothing_in_another(published):
+    (published / "04").mkdir()
+    (published / "04" / "result.json").write_text("{}")
+    (published / "03" / "result.json").write_text('{"ppl": 31.7}')
+    manifest.write(published, ["04"])
+    assert manifest.check(published) == {"03/result.json": "altered"}
+    manifest.write(published, ["03"])
+    assert manifest.check(published) == {}
+
+
 def test_a_manifest_that_is_missing_or_cut_says_so(published):
     path = published / manifest.NAME
     path.write_text(path.read_text()[3:])

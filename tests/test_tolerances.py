@@ -102,7 +102,7 @@ def test_the_spread_over_seeds_widens_the_tolerance():
     found["rows"][0]["ppl"] = 35.2
     [wrong] = tolerances.differences(reference, found, exact=False)
     assert wrong.tolerance == pytest.approx(3 * 0.1 * 27)
-    assert str(wrong) == "rows[0].ppl: 35.2 against 27 (30 %, tolerance 30 %)"
+    assert str(wrong) == "by 30 % in rows[0].ppl: 35.2 against 27 (tolerance 30 %)"
     # other bits have their own spread
     found = json.loads(json.dumps(reference))
     found["rows"][3]["ppl"] = 21.0
