@@ -76,12 +76,17 @@ class Report:
         failed = [line for line in self.lines if line.failed]
         idle = sum(line.status == "not run" for line in self.lines)
         said = f"{good} of {len(figures)} figures reproduced"
-        said += f", {idle} notebooks not run" if idle else ""
+        said += f", {idle} notebook{'s' * (idle > 1)} not run" if idle else ""
         if failed:
-            names = ", ".join(dict.fromkeys(line.name for line in failed))
-            return f"NOT REPRODUCED: {said}; {len(failed)} lines fail: {names}"
+            names = list(dict.fromkeys(line.name for line in failed))
+            told = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+            return f"NOT REPRODUCED: {said}; {_lines(len(failed))}: {told}"
         return f"REPRODUCED: {said}"
 
     def as_json(self) -> dict[str, Any]:
         """For machines: all of it, with every difference."""
         return asdict(self) | {"reproduced": self.reproduced, "verdict": self.verdict}
+
+
+def _lines(n: int) -> str:
+    return "1 line fails" if n == 1 else f"{n} lines fail"

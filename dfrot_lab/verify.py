@@ -187,7 +187,7 @@ def _notebook(
     drawn_with = {k for k in elsewhere if k.split()[0] in _DRAWING}
     exact = not (elsewhere - drawn_with) and not tolerant
     pair = _Pair(name, home, other, ours, theirs, exact, exact and not drawn_with)
-    about = "same machine and versions, every byte equal" if exact else "within tolerances"
+    about = "same machine and versions, held byte for byte" if exact else "held within tolerances"
     if elsewhere:
         about += f" ({'; '.join(sorted(elsewhere))})"
     if published.get("commit"):
