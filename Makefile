@@ -5,7 +5,7 @@ CORES ?= all
 HOME_OF = results/$(basename $(notdir $(PROFILE)))
 BIN := .venv/bin
 
-.PHONY: figures tables kernels theory objectives redraw publish test test-slow lint setup clean
+.PHONY: figures tables kernels theory objectives redraw publish verify test test-slow lint setup clean
 .DELETE_ON_ERROR:
 
 figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
@@ -28,6 +28,9 @@ redraw: .venv/.ready  ## draw every figure again from its result, in seconds
 
 publish: .venv/.ready  ## copy figures, captions and results into figures/ for committing
 	$(BIN)/dfrot-lab publish $(HOME_OF)
+
+verify: .venv/.ready  ## hold results/PROFILE against figures/, figure by figure
+	$(BIN)/dfrot-lab verify $(PROFILE)
 
 test: .venv/.ready  ## the tests, offline once the assets are there
 	$(BIN)/dfrot-lab assets

@@ -247,7 +247,9 @@ def redraw(folder: Path) -> None:
     "--to", type=click.Path(path_type=Path), default=Path("figures"), help="Committed figures."
 )
 def publish(folder: Path, to: Path) -> None:
-    """Copy the figures, captions and results of FOLDER into figures/, to be committed."""
+    """Copy figures, captions and results of FOLDER into figures/, with their SHA256SUMS, for committing."""
+    from dfrot_lab import manifest
+
     sources = sorted(folder.glob("*/result.json"))
     if not sources:
         raise click.ClickException(f"{folder} holds no result.json: run `make figures` first")
@@ -259,6 +261,61 @@ def publish(folder: Path, to: Path) -> None:
         for file in [source, source.with_name("provenance.json"), *figures, *beside]:
             shutil.copyfile(file, target / file.name)
         click.echo(target)
+    manifest.write(to, [source.parent.name for source in sources])
+
+
+@app.command()
+@click.argument("profile", default="demo")
+@_folder
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="The reference: figures/, or other results.  [default: figures, of the demo profile]",
+)
+@click.option(
+    "--only", multiple=True, help="A notebook, such as 05, that must be there; repeatable."
+)
+@click.option("--all", "every", is_flag=True, help="Every notebook of the reference must be there.")
+@click.option("--tolerant", is_flag=True, help="Within tolerances on the same machine too.")
+@click.option(
+    "--json", "out", type=click.Path(path_type=Path), help="Write the verdicts there as well."
+)
+def verify(profile, folder, against, only, every, tolerant, out) -> None:
+    """Hold results against the committed reference, figure by figure, and recompute hashes.
+
+    Exit status: 0 reproduced; 1 something differs or is missing; 2 nothing to compare.
+    """
+    from dfrot_lab import files, manifest, notebooks
+    from dfrot_lab import verify as verifying
+
+    root = project_root()
+    try:
+        profiles.load(profile)
+        if against is None and profile != "demo":
+            raise verifying.VerifyError(
+                f"profile {profile!r} has no committed reference: name one with --against FOLDER"
+            )
+        names = [notebooks.find(name, root).stem for name in only]
+        report = verifying.verify(
+            profile,
+            folder or root / _results(profile),
+            against or root / "figures",
+            asked=names,
+            every=every,
+            tolerant=tolerant,
+        )
+    except (
+        manifest.ManifestError,
+        notebooks.NotebookError,
+        profiles.ProfileError,
+        verifying.VerifyError,
+    ) as error:
+        click.echo(f"Error: {error}", err=True)
+        raise SystemExit(2) from error
+    if out:
+        files.write_json(out, report.as_json())
+    click.echo("\n".join(report.text()))
+    raise SystemExit(0 if report.reproduced else 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,265 @@
+"""`dfrot-lab verify`: what is as committed passes, one digit or byte that is not fails and is named."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dfrot_lab import assets, files, manifest, pictures, results
+from dfrot_lab.cli import app
+from dfrot_lab.verify import VerifyError, verify
+
+ROOT = Path(__file__).parents[1]
+NAME = "03_massive_tokens_fp16"  # two figures, drawn from different keys
+
+
+@pytest.fixture(autouse=True)
+def cached(monkeypatch):
+    """The packaged assets need not be there: test_manifest hashes them."""
+    monkeypatch.setattr(assets, "path", Path)
+
+
+@pytest.fixture
+def trees(tmp_path):
+    """(results, reference): the committed figures of one notebook, as made and as published."""
+    reference, made = tmp_path / "figures", tmp_path / "results"
+    shutil.copytree(ROOT / "figures" / NAME, reference / NAME)
+    manifest.write(reference)
+    (made / NAME / "figures").mkdir(parents=True)
+    for file in (reference / NAME).iterdir():
+        within = NAME if file.suffix == ".json" else f"{NAME}/figures"
+        shutil.copyfile(file, made / within / file.name)
+    return made, reference
+
+
+def statuses(report):
+    return {line.name: line.status for line in report.lines}
+
+
+def edit(path, change):
+    found = json.loads(path.read_text())
+    change(found)
+    files.write_json(path, found)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Nothing is drawn again, which takes a second a figure; one test does."""
+    monkeypatch.setattr(pictures, "stale", lambda home, names: [])
+
+
+def elsewhere(made):
+    edit(made / NAME / "provenance.json", lambda p: p.update(processor="another processor"))
+
+
+def test_as_committed(trees):
+    report = verify("demo", *trees)
+    assert report.reproduced and "2 of 2 figures reproduced" in report.verdict
+    assert set(statuses(report).values()) == {"reproduced"}
+    json.dumps(report.as_json(), allow_nan=False)
+
+
+def test_one_digit_of_a_result_fails_the_figures_drawn_from_it(trees):
+    made, reference = trees
+    edit(made / NAME / "result.json", lambda r: r["exempted"][1].update(pairs=874))
+    report = verify("demo", made, reference)
+    assert statuses(report) == {
+        "reference": "reproduced",
+        "assets": "reproduced",
+        "exempted_tokens": "differs",
+        "massive_tokens_fp16": "differs",  # its caption counts them
+        "result.json": "differs",
+        "claims": "reproduced",
+    }
+    assert not report.reproduced
+    assert "exempted[1].pairs: 874 against 873" in "\n".join(report.text())
+
+
+def test_figures_are_told_apart_by_the_keys_they_read(trees):
+    made, reference = trees
+    edit(made / NAME / "result.json", lambda r: r["rows"][2].update(ppl=43.4768))
+    found = statuses(verify("demo", made, reference))
+    assert found["massive_tokens_fp16"] == "differs"
+    assert found["exempted_tokens"] == "reproduced"
+
+
+@pytest.mark.parametrize("file", ["result.json", "massive_tokens_fp16.png", "exempted_tokens.md"])
+def test_a_tampered_reference_is_told_from_a_difference(trees, file):
+    made, reference = trees
+    path = reference / NAME / file
+    path.write_bytes(path.read_bytes().replace(b"3", b"4", 1))
+    report = verify("demo", made, reference)
+    assert statuses(report)["reference"] == "differs" and not report.reproduced
+    assert f"{NAME}/{file} altered" in "\n".join(report.text())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "far"), [(".png", False), (".pdf", False), (".md", False), (".png", True)]
+)
+def test_a_tampered_picture_fails_here_and_elsewhere(trees, suffix, far):
+    made, reference = trees
+    if far:
+        elsewhere(made)
+    path = made / NAME / "figures" / f"exempted_tokens{suffix}"
+    path.write_bytes(path.read_bytes()[:-2] + b"x\n")
+    report = verify("demo", made, reference)
+    found = statuses(report)
+    assert found["pictures" if far else "exempted_tokens"] == "differs"
+    assert found["massive_tokens_fp16"] == "reproduced"
+    assert not report.reproduced and f"exempted_tokens{suffix}" in "\n".join(report.text())
+
+
+def test_elsewhere_numbers_may_move_within_the_spread_and_no_further(trees, undrawn):
+    made, reference = trees
+    elsewhere(made)
+    path = made / NAME / "result.json"
+    edit(path, lambda r: r["first_token"][0].update(first=35.9))  # 1.9 %
+    report = verify("demo", made, reference)
+    assert statuses(report)["result.json"] == "reproduced"
+    assert "processor another processor against" in "\n".join(report.text())
+    edit(path, lambda r: r["first_token"][0].update(first=45.2))
+    report = verify("demo", made, reference)
+    assert statuses(report)["result.json"] == "differs"
+    assert "first_token[0].first" in "\n".join(report.text())
+
+
+def test_a_claim_that_turns_fails_elsewhere(trees, undrawn):
+    made, reference = trees
+    elsewhere(made)
+    edit(made / NAME / "result.json", lambda r: r["claims"][0].update(agrees=False))
+    assert statuses(verify("demo", made, reference))["claims"] == "differs"
+
+
+def test_other_parameters_cannot_be_compared(trees):
+    made, reference = trees
+    for file in ("result.json", "provenance.json"):
+        edit(made / NAME / file, lambda r: r["parameters"].update(seeds=[0]))
+    report = verify("demo", made, reference)
+    assert statuses(report)["exempted_tokens"] == "not comparable" and not report.reproduced
+    assert "seeds [0] against [0, 1, 2]" in "\n".join(report.text())
+
+
+def test_other_inputs_fail(trees):
+    made, reference = trees
+    edit(made / NAME / "provenance.json", lambda p: p["inputs"].update(calibration_tokens="00"))
+    report = verify("demo", made, reference)
+    assert statuses(report)["inputs"] == "differs" and not report.reproduced
+
+
+def test_a_missing_figure_and_a_damaged_result(trees):
+    made, reference = trees
+    (made / NAME / "figures" / "exempted_tokens.pdf").unlink()
+    assert statuses(verify("demo", made, reference))["exempted_tokens"] == "missing"
+    (made / NAME / "result.json").write_text("[1]")
+    report = verify("demo", made, reference)
+    assert statuses(report)["exempted_tokens"] == "differs" and not report.reproduced
+
+
+def test_not_run_is_no_failure_unless_asked_for(trees):
+    made, reference = trees
+    for other in ("02_ro_vs_rh_error", "09_objectives"):
+        shutil.copytree(ROOT / "figures" / other, reference / other)
+    manifest.write(reference)
+    found = statuses(verify("demo", made, reference))
+    assert found["error_scatter"] == "missing"  # of the first four
+    assert found["09_objectives"] == "not run"
+    report = verify("demo", made, reference, asked=[NAME])
+    assert report.reproduced and "09_objectives" not in statuses(report)
+    assert not verify("demo", made, reference, asked=["09_objectives"]).reproduced
+    assert statuses(verify("demo", made, reference, every=True))["prefix_in_cache"] == "missing"
+    assert "`make objectives` runs it" in "\n".join(verify("demo", made, reference).text())
+
+
+def test_nothing_to_compare(trees, tmp_path):
+    made, reference = trees
+    with pytest.raises(VerifyError, match="make figures"):
+        verify("demo", tmp_path / "empty", reference)
+    with pytest.raises(VerifyError, match="name a reference"):
+        verify("demo", made, tmp_path / "empty")
+    with pytest.raises(VerifyError, match="holds no 04_dfrot"):
+        verify("demo", made, reference, asked=["04_dfrot"])
+
+
+# --- any digit ------------------------------------------------------------------------------------
+
+SMALL = {"rows": [{"seed": 0, "ppl": 31.625}, {"seed": 1, "ppl": 3e-07}], "n": 10, "flag": True}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A notebook without figures, in two results folders."""
+    home = tmp_path_factory.mktemp("small")
+    for name in ("a", "b"):
+        results.save(home / name / "99_small", SMALL, {"seeds": [0, 1], "threads": 2})
+        (home / name / "99_small" / "figures").mkdir()  # a results folder, which has no manifest
+    edit(home / "a" / "99_small" / "provenance.json", lambda p: p.update(seconds=1e9))
+    return home
+
+
+TEXT = (json.dumps(SMALL | {"parameters": {"seeds": [0, 1], "threads": 2}, "claims": []}, indent=1,
+                   sort_keys=True) + "\n")  # fmt: skip
+DIGITS = [m.start() for m in re.finditer(r"\d", TEXT)]
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(DIGITS), st.integers(1, 9))
+def test_any_changed_digit_of_a_result_is_caught(small, place, by):
+    path = small / "a" / "99_small" / "result.json"
+    tampered = TEXT[:place] + str((int(TEXT[place]) + by) % 10) + TEXT[place + 1 :]
+    path.write_text(TEXT)
+    assert verify("x", small / "a", small / "b").reproduced
+    path.write_text(tampered)
+    assert not verify("x", small / "a", small / "b").reproduced
+    assert not verify("x", small / "b", small / "a").reproduced
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+
+
+def test_exit_status_and_json(trees, tmp_path):
+    made, reference = trees
+    there = ("demo", "--folder", made, "--against", reference)
+    done = invoke(*there, "--json", tmp_path / "verdict.json")
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1].startswith("REPRODUCED: 2 of 2 figures")
+    assert files.read_json(tmp_path / "verdict.json")["reproduced"] is True
+    (made / NAME / "figures" / "exempted_tokens.md").write_text("another caption\n")
+    done = invoke(*there, "--json", tmp_path / "verdict.json")
+    assert done.exit_code == 1
+    assert "NOT REPRODUCED" in done.output.splitlines()[-1]
+    found = files.read_json(tmp_path / "verdict.json")
+    lines = [line for n in found["notebooks"] for line in n["lines"]]
+    assert {"exempted_tokens"} == {line["name"] for line in lines if line["status"] == "differs"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no-such-profile"], "profile 'no-such-profile' is unknown"),
+        (["smoke"], "profile 'smoke' has no committed reference: name one with --against FOLDER"),
+        (["demo", "--only", "77"], "notebook '77' is unknown"),
+        (["demo", "--folder", "nowhere"], "nowhere holds no NOTEBOOK/result.json"),
+    ],
+)
+def test_what_cannot_be_compared_exits_with_2(arguments, said):
+    done = invoke(*arguments)
+    assert done.exit_code == 2 and said in done.output
+    assert len(done.output.splitlines()) == 1
+
+
+def test_publish_writes_the_manifest(trees, tmp_path):
+    made, _ = trees
+    to = tmp_path / "published"
+    done = CliRunner().invoke(app, ["publish", str(made), "--to", str(to)])
+    assert done.exit_code == 0, done.output
+    assert manifest.check(to) == {}
+    assert verify("demo", made, to).reproduced
