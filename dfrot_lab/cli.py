@@ -12,9 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from dfrot_lab import __version__, profiles
 from dfrot_lab.files import project_root
+from dfrot_lab.presets import PRESETS
 
 __all__ = ["app"]
 
@@ -114,11 +116,12 @@ def _results(profile: str) -> Path:
     return Path("results") / Path(profile).stem
 
 
-def _check(profile: str) -> None:
-    """A name in the profile that no notebook has is told before anything starts."""
-    from dfrot_lab import notebooks
+def _check(profile: str, model: str | None = None) -> None:
+    """What is wrong with the profile or the model's folder is told before anything starts."""
+    from dfrot_lab import model_folders, notebooks
 
     notebooks.check_profile(profile, project_root() / "notebooks")
+    model_folders.check(model or profiles.load(profile)["common"].get("model"))
 
 
 def _lab(profile: str, folder: Path | None, **given):
@@ -126,7 +129,7 @@ def _lab(profile: str, folder: Path | None, **given):
 
     Another model or corpus gets a folder of its own, so that the profile's artefacts stay.
     """
-    _check(profile)
+    _check(profile, given.get("model"))
     from dfrot_lab.lab import Lab
 
     known = {f.name for f in fields(Lab)}
@@ -156,7 +159,12 @@ def collect(profile: str, model: str | None, corpus: str | None, folder: Path | 
 @click.option(
     "--gamma", type=float, default=100.0, help="Weight of massive rows; inf for them alone."
 )
-@click.option("--seed", type=int, default=0, help="Of the start.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the start.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="A named way to refine, instead of --gamma, --iterations, --form and --symmetric.",
+)
 @click.option(
     "--form", type=click.Choice(["sum", "group_mean"]), default="sum", help="Of the loss."
 )
@@ -168,10 +176,13 @@ def collect(profile: str, model: str | None, corpus: str | None, folder: Path | 
     type=click.Path(path_type=Path),
     help="Also write R1 there (.safetensors); with --all, their names and hashes (.json).",
 )
+@click.pass_context
 def optimize(
-    profile, model, corpus, every, start, gamma, seed, form, symmetric, iterations, folder, out
-) -> None:
+    ctx, profile, model, corpus, every, start, gamma, seed, preset, form, symmetric, iterations,
+    folder, out,
+) -> None:  # fmt: skip
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
+    _refuse(ctx, every, preset, out)
     from dfrot_lab import files, rotations
 
     lab = _lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
@@ -185,25 +196,50 @@ def optimize(
         if out:
             files.write_json(out, made)
         return
-    path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma, form=form, symmetric=symmetric)
+    if preset:
+        path = PRESETS[preset].rotation_file(lab, seed, start)
+    else:
+        path = lab.rotation_file(
+            f"DFRot({start})", seed, gamma=gamma, form=form, symmetric=symmetric
+        )
     if out:
         rotations.save(out, *rotations.load(path))
     click.echo(out or path)
 
 
+def _refuse(ctx: click.Context, every: bool, preset: str | None, out: Path | None) -> None:
+    """Options of `optimize` that contradict each other, told before any work."""
+    by_hand = ["gamma", "form", "symmetric"]
+    settled = {"preset": [*by_hand, "iterations"]} if preset else {}
+    settled |= {"all": ["start", "seed", "preset", *by_hand]} if every else {}
+    for one, others in settled.items():
+        given = [n for n in others if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+        if given:
+            told = ", ".join(f"--{name}" for name in given)
+            raise click.UsageError(f"--{one} settles {told}: leave one or the other out")
+    suffix = ".json" if every else ".safetensors"
+    if out and out.suffix != suffix:
+        what = "names and hashes" if every else "R1 as safetensors"
+        raise click.UsageError(f"--out {out} gets {what}: give it the ending {suffix}")
+
+
 @app.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.option("--rotation", required=True, help="R1 as .safetensors, from `optimize`.")
 @click.option("--r2/--no-r2", default=True, help="Also the Hadamard R2 of every head.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
-def merge(model: Path, rotation: str, r2: bool, out: Path) -> None:
-    """Merge R1 (and R2) into the safetensors checkpoint in folder MODEL, tensor by tensor."""
-    from dfrot_lab import checkpoints, rotations
+def merge(model: str, rotation: str, r2: bool, out: Path) -> None:
+    """Merge R1 (and R2) into the safetensors checkpoint in folder MODEL, tensor by tensor.
 
-    r1 = rotations.load(rotation)[0]
-    size = checkpoints.head_dim(model) if r2 else None
+    MODEL may also be 'demo' or a .gguf file: then its dequantized folder is read.
+    """
+    from dfrot_lab import checkpoints, model_folders, rotation_files, rotations
+
+    r1 = rotation_files.load(rotation)
+    source = model_folders.find(model)
+    size = checkpoints.head_dim(source) if r2 else None
     both = rotations.Rotations(R1=r1, R2=rotations.random_hadamard(size) if size else None)
-    click.echo(checkpoints.merge(model, out, both))
+    click.echo(checkpoints.merge(source, out, both))
 
 
 @app.command()
@@ -215,6 +251,7 @@ def merge(model: Path, rotation: str, r2: bool, out: Path) -> None:
 )
 def batch(profile: str, cores: str, memory: int, only: tuple[str, ...]) -> None:
     """Regenerate every result and figure of a profile with Snakemake; redoes only what changed."""
+    _check(profile)
     from dfrot_lab import batches, notebooks
 
     root = project_root()

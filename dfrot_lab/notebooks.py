@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dfrot_lab import profiles
+from dfrot_lab import model_folders, profiles
 from dfrot_lab.files import atomic, read_json
 
 __all__ = ["NotebookError", "find", "parameters", "run", "typed"]
@@ -105,6 +105,7 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
         if isinstance(given.get(name), str) and Path(given[name]).exists():
             given = given | {name: str(Path(given[name]).resolve())}
     found = {name: typed(name, value, known[name][0]) for name, value in (values | given).items()}
+    model_folders.check(found.get("model"))
     for name, value in found.items():
         for one in value if isinstance(value, list) else [value]:
             _check_value(name, one)

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
-from dfrot_lab import models, rotations
+from dfrot_lab import assets, models, rotations
 from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,44 @@ def test_errors_are_one_line(arguments, message, smoke, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seed", "-1"), "-1 is not in the range x>=0"),
+        (("--out", "R1.pt"), "--out R1.pt gets R1 as safetensors: give it the ending .safetensors"),
+        (("--all", "--out", "R1.safetensors"), "gets names and hashes: give it the ending .json"),
+        (("--preset", "dfrot", "--gamma", "100"), "--preset settles --gamma: leave one or"),
+        (
+            ("--preset", "dfrot", "--iterations", "3", "--form", "sum", "--symmetric"),
+            "--preset settles --form, --symmetric, --iterations",
+        ),
+        (("--all", "--preset", "dfrot", "--seed", "0"), "--all settles --seed, --preset"),
+        (("--preset", "best"), "'best' is not one of 'dfrot', 'recommended'"),
+    ],
+)
+def test_optimize_refuses_before_any_work(arguments, message, smoke, tmp_path):
+    done = invoke("optimize", *smoke, *arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_optimize_by_preset(smoke, tmp_path):
+    found = {}
+    for name in ("dfrot", "recommended"):
+        found[name] = tmp_path / f"{name}.safetensors"
+        done = invoke("optimize", *smoke, "--preset", name, "--seed", 2, "--out", found[name])
+        assert done.exit_code == 0, done.output
+    plain = tmp_path / "plain.safetensors"
+    assert invoke("optimize", *smoke, "--seed", 2, "--out", plain).exit_code == 0
+    dfrot, about = rotations.load(found["dfrot"], 64)
+    assert dfrot.equal(rotations.load(plain, 64)[0]) and "objective" not in about
+    recommended, about = rotations.load(found["recommended"], 64)
+    assert not recommended.equal(dfrot)
+    assert (about["objective"], about["gamma"], about["seed"]) == ("kurtosis", "100.0", 2)
+    assert (tmp_path / "calibration" / "8" / "artefacts" / "activations.safetensors").is_file()
+
+
 @pytest.mark.parametrize("r2", [True, False])
 def test_merge_writes_a_checkpoint(tmp_path, r2):
     models.tiny("mistral").save_pretrained(tmp_path / "model")
@@ -88,6 +128,28 @@ def test_merge_writes_a_checkpoint(tmp_path, r2):
     assert config["dfrot_merged"] == ["gains", "R1", "R2"][: 2 + r2]
     again = invoke("merge", tmp_path / "model", *options)
     assert again.exit_code == 1 and "exists: choose another folder" in again.output
+
+
+def test_merge_reads_the_demo_model_from_its_dequantized_folder(tmp_path, monkeypatch):
+    models.tiny("llama").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(assets, "path", Path)
+    monkeypatch.setattr(models, "_dequantized_folder", lambda gguf: tmp_path / "model")
+    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), {})
+    options = ("--rotation", tmp_path / "R1.safetensors", "--out", tmp_path / "merged")
+    done = invoke("merge", "demo", *options)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    missing = invoke("merge", "owner/name", *options)
+    assert missing.exit_code == 1 and "owner/name is no folder: use 'demo'" in missing.output
+
+
+def test_merge_names_the_tensors_of_a_file_without_r(tmp_path):
+    models.tiny("llama").save_pretrained(tmp_path / "model")
+    save_file({"R1": torch.eye(64)}, tmp_path / "other.safetensors")
+    options = ("--rotation", tmp_path / "other.safetensors", "--out", tmp_path / "merged")
+    done = invoke("merge", tmp_path / "model", *options)
+    assert done.exit_code == 1 and "holds R1 [64, 64], but no tensor 'R'" in done.output
+    assert not (tmp_path / "merged").exists()
 
 
 def test_plan_says_memory_disk_and_time():
@@ -137,6 +199,8 @@ def test_redraw_of_nothing_says_what_to_run(tmp_path):
     [
         ("base: smoke\ncommon: {sedes: [0]}\n", r"sets \['sedes'\], a parameter of no notebook"),
         ("base: smoke\nnotebooks: {'99_x': {}}\n", r"names notebooks \['99_x'\]"),
+        ("base: smoke\nnotebooks: {03: {}, 03_massive_tokens_fp16: {}}\n", "03_m.* twice: join"),
+        ("base: smoke\nnotebooks: {03: [windows]}\n", r"notebook 03 = \['windows'\] is not a map"),
         ("common: [1]\n", r"common = \[1\] is not a mapping"),
         ("- 1\n", "is not a mapping: use"),
         ("common: {a: [1\n", "is not YAML"),

@@ -121,6 +121,17 @@ def test_every_profile_fits_every_notebook(profile, name):
     assert set(values) <= set(known)
 
 
+@pytest.mark.parametrize("key", ["03", "'03'", "03_massive_tokens_fp16"])
+def test_a_profile_may_name_a_notebook_by_its_number(key, tmp_path):
+    profile = tmp_path / "mine.yml"
+    profile.write_text(f"base: smoke\nnotebooks: {{{key}: {{windows: 7}}, 08: {{tokens: 5}}}}\n")
+    notebooks.check_profile(str(profile), ROOT / "notebooks")
+    values = notebooks.resolve(notebooks.find("03", ROOT), str(profile), {})
+    assert values["windows"] == 7
+    assert values["side_windows"] == profiles.load("smoke")["notebooks"][NAMES[2]]["side_windows"]
+    assert notebooks.resolve(notebooks.find("08", ROOT), str(profile), {})["tokens"] == 5
+
+
 def test_notebook_defaults_are_the_demo_profile():
     for name in NAMES:
         known = notebooks.parameters(notebooks.find(name, ROOT))

@@ -516,6 +516,86 @@ def test_what_is_off_the_scale_is_told():
     assert "RO: ∞" in texts(plots.draw("dfrot_perplexity", of("dfrot_perplexity", infinite)))
 
 
+def test_small_gains_have_a_scale_of_their_own():
+    """A panel for each setting and start: the seeds of one fill it, whatever the others need."""
+    result = copy.deepcopy(of("dfrot_perplexity"))
+    for r in result["rows"]:
+        if r["bits"] == "4-4-16":
+            r["ppl"] *= 1 + 9 * r["seed"]
+    fig = plots.draw("dfrot_perplexity", result)
+    titles = [ax.get_title(loc="left").splitlines()[0] for ax in fig.axes]
+    assert titles == [f"{b}, from {s}" for b in ("16-4-16", "4-4-16") for s in ("RO", "RH")]
+    assert [ax.get_yscale() for ax in fig.axes] == ["linear"] * 2 + ["log"] * 2
+    for ax, (before, after) in zip(fig.axes, ((41, 30), (29, 28)), strict=False):
+        low, high = ax.get_ylim()
+        assert high - low < 2 * (before + 1 - (after - 1))
+        lines = [line.get_ydata() for line in ax.get_lines() if len(line.get_ydata()) == 2]
+        assert sorted(tuple(y) for y in lines) == [(before + k, after + k) for k in (-1, 0, 1)]
+    assert "−27 %" in texts(fig) and "−3.4 %" in texts(fig) and "FP 12.5" in texts(fig)
+
+
+def test_few_weights_are_points_and_many_a_curve():
+    result = of("gamma_sweep")
+    few = result | {"gamma": [r for r in result["gamma"] if r["gamma"] in ("none", "1.0", "100.0")]}
+    drawn = plots.gamma_sweep(few).axes[0]
+    assert [t.get_text() for t in drawn.get_xticklabels()] == ["the start", "γ = 1", "γ = 100"]
+    assert all(len(line.get_xdata()) == 1 for line in drawn.get_lines()[:6])
+    assert len(plots.gamma_sweep(result).axes[0].get_lines()[0].get_xdata()) == 3
+    assert "2 weights" in plots.caption("gamma_sweep", few)
+    infinite = copy.deepcopy(few)
+    infinite["gamma"][0]["ppl"] = "inf"
+    assert "infinite: RH, γ = 1" in texts(plots.gamma_sweep(infinite))
+
+
+@pytest.mark.parametrize("name", ["slips", "corpus_transfer", "recollected"])
+def test_no_stem_starts_at_a_cut_axis(name):
+    for ax in plots.draw(name, of(name)).axes:
+        low, high = ax.get_xlim()
+        assert low > 0
+        for line in ax.get_lines():
+            assert low < line.get_xdata().min() and line.get_xdata().max() < high
+
+
+def test_slips_have_intervals_and_other_questions_the_seeds_measured_there():
+    result = copy.deepcopy(of("slips"))
+    assert "30.50 ± 0.71" in texts(plots.slips(result))
+    for name, key in (("corpus_transfer", "transfer"), ("recollected", "recollected")):
+        result[key][0]["ppl"] = 31.0  # the first seed of "ours"
+        dots = [line.get_xdata() for ax in plots.draw(name, result).axes for line in ax.get_lines()]
+        assert [31.0, 32.0] in [list(x) for x in dots if len(x) == 2]
+        del result["slips"]
+        assert not any(
+            len(line.get_xdata()) > 1
+            for ax in plots.draw(name, result).axes
+            for line in ax.get_lines()
+        )
+        result["slips"] = of("slips")["slips"]
+
+
+def test_calibration_shows_its_start_and_every_site():
+    result = copy.deepcopy(of("calibration_ablation"))
+    told = plots.caption("calibration_ablation", result)
+    assert "60 of 60: 55.00, 45 of 60: 55.50" in told and "RH itself, not measured" in told
+    assert "56.00 ± 1.00 (sd 1.79 % of the mean)" in told
+    result["rows"].append(_row("RH", "none", 0, 61.25, "4-4-16") | {"method": "rtn"})
+    assert "RH itself, 61.25" in plots.caption("calibration_ablation", result)
+    fig = plots.calibration_ablation(result)
+    assert "RH itself, 61.25" in texts(fig)
+    assert [t.get_text() for t in fig.axes[1].get_xticklabels()] == ["8", "45", "60"]
+    for ax in fig.axes:
+        assert any(set(line.get_ydata()) == {61.25} for line in ax.get_lines())
+
+
+def test_axes_and_lines_say_what_they_are():
+    assert "floating point, 12.50" in texts(plots.draw("tables_by_bits", of("tables_by_bits")))
+    ticks = plots.draw("clipping", of("clipping")).axes[0].get_xticklabels()
+    assert [t.get_text() for t in ticks] == ["0.8", "0.9", "1"]
+    hero = plots.draw("massive_tokens_fp16", of("massive_tokens_fp16"))
+    [label] = [t for t in hero.findobj(mpl.text.Annotation) if t.get_text() == "RO  31.0"]
+    assert label.xy == (2.05, 31.0) and abs(label.xyann[0]) < 10
+    assert "nothing kept 41.0\nmassive kept 30.5" in texts(hero)
+
+
 def test_massive_tokens_are_never_thinned_out():
     found = copy.deepcopy(of("error_bars_3d"))
     for n in ("NR", "RO", "RH"):

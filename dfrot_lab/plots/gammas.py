@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dfrot_lab.plots import style
 from dfrot_lab.plots.style import COLOUR, COLUMN, LINE, MARKER, array, figure, number
@@ -15,6 +16,7 @@ from dfrot_lab.plots.style import COLOUR, COLUMN, LINE, MARKER, array, figure, n
 __all__ = ["gamma_sweep", "gamma_sweep_w4a4"]
 
 STARTS = ("RO", "RH")
+FEW = 3  # weights, up to which no curve is drawn
 
 
 def _sweep(result: dict[str, Any], start: str) -> tuple[list[tuple[float, float]], float]:
@@ -36,12 +38,21 @@ def _gamma_numbers(result: dict[str, Any]) -> dict[str, Any]:
             best, gamma = min(finite)
             sign = "∞" if math.isinf(gamma) else f"{gamma:g}"
             told.append(f"from {start} {number(plain)} → {number(best)} at γ = {sign}")
-    return {"best": "; ".join(told) or "no finite perplexity"}
+    return {
+        "best": "; ".join(told) or "no finite perplexity",
+        "weights": style.count(len(_weights(result)), "weight"),
+    }
+
+
+def _weights(result: dict[str, Any]) -> list[float]:
+    return sorted({g for start in STARTS for g, _ in _sweep(result, start)[0]})
 
 
 @figure("04_dfrot", _gamma_numbers)
 def gamma_sweep(result: dict[str, Any]) -> Figure:
-    """Perplexity against γ from both starts, ∞ at the end of a broken axis."""
+    """Perplexity against γ from both starts, ∞ at the end of a broken axis; few γ: no curve."""
+    if len(weights := _weights(result)) <= FEW:
+        return _few(result, weights)
     fig = style.new(COLUMN, 2.5)
     ax = fig.add_subplot()
     sweeps = {start: _sweep(result, start) for start in STARTS}
@@ -101,6 +112,49 @@ def gamma_sweep(result: dict[str, Any]) -> Figure:
             va="top",
         )
     fig.legend(loc="outside upper center", ncols=2)
+    return fig
+
+
+def _few(result: dict[str, Any], weights: list[float]) -> Figure:
+    """A column for the start and for each γ, the perplexity beside its marker: points, not a trend."""
+    fig = style.new(COLUMN, 2.3)
+    ax = fig.add_subplot()
+    everything, hidden = [], []
+    for start in STARTS:
+        swept, plain = _sweep(result, start)
+        for g, p in [(None, plain), *swept]:
+            if not math.isfinite(p):
+                hidden += [] if g is None else [f"{start}, γ = {g:g}"]
+                continue
+            name = start if g is None else f"DFRot({start})"
+            x = 0 if g is None else 1 + weights.index(g)
+            face = "white" if name == "DFRot(RO)" else COLOUR[name]
+            ax.plot(x, p, MARKER[name], color=COLOUR[name], mfc=face, ms=5, zorder=3)
+            ax.annotate(number(p, 1), (x, p), (5, 0), textcoords="offset points", va="center",
+                        fontsize=7, color=COLOUR[name])  # fmt: skip
+            everything.append(p)
+    log = style.wide(everything)
+    if log:
+        ax.set_yscale("log")
+    ax.set_ylim(*style.limits(everything, log=log, margin=0.1))
+    if log:
+        style.log_ticks(ax.yaxis, *ax.get_ylim())
+    names = ["the start", *("γ = " + ("∞" if math.isinf(g) else f"{g:g}") for g in weights)]
+    ax.set_xticks(range(len(names)), names)
+    ax.set_xlim(-0.4, len(names) - 0.4)
+    ax.tick_params(axis="x", length=0)
+    ax.axvline(0.5, color="#DDDDDD", lw=0.5)
+    ax.grid(axis="y")
+    ax.set_ylabel("perplexity")
+    if hidden:
+        told = "infinite: " + "; ".join(hidden).replace("inf", "∞")
+        style.note(ax, told, 0.98, 0.97, ha="right", va="top")
+    handles = [
+        Line2D([], [], ls="", marker=MARKER[n], color=COLOUR[n], ms=5, label=n,
+               mfc="white" if n == "DFRot(RO)" else COLOUR[n])
+        for n in ("RO", "DFRot(RO)", "RH", "DFRot(RH)")
+    ]  # fmt: skip
+    fig.legend(handles=handles, loc="outside upper center", ncols=2)
     return fig
 
 

@@ -206,9 +206,10 @@ def massive_tokens_fp16(result: dict[str, Any]) -> Figure:
                 *zip(*ends, strict=True), color=COLOUR[name], ls=style.LINE[name], lw=1.6, zorder=2
             )
         for keep, place in PLACES.items():
-            light = {"alpha": 0.45, "size": 5.0} if keep == "first" else {}
+            light = {"alpha": 0.6, "size": 5.0} if keep == "first" else {}
             dots(ax, place + shift[name], seeds.get((name, keep), []), name, **light)
     _hero_labels(ax, mean, log)
+    _hero_first(ax, result)
     _hero_gaps(ax, mean, gaps, result)
     if fp:
         ax.axhline(fp["mean"], color=COLOUR["FP"], ls=style.LINE["FP"], lw=0.9, zorder=1)
@@ -219,7 +220,7 @@ def massive_tokens_fp16(result: dict[str, Any]) -> Figure:
                if n in ROTATIONS and not np.isfinite(c["mean"])]  # fmt: skip
     told = [f"Off the scale: no rotation (NR), {number(nr['mean'], 0)}"] if nr else []
     style.note(ax, "\n".join(told + missing), 0.995, 1.0, ha="right", va="top")
-    ax.set(xlim=(-0.45, 2.45), ylabel="perplexity")
+    ax.set(xlim=(-0.45, 2.55), ylabel="perplexity")
     ax.set_xticks([PLACES[k] for k in shown], [_tick(k, result) for k in shown], fontsize=8)
     ax.tick_params(axis="x", length=0, pad=5)
     for text, keep in zip(ax.get_xticklabels(), shown, strict=True):
@@ -236,6 +237,8 @@ def _hero_labels(ax: Axes, mean: dict[tuple[str, str], dict[str, float]], log: b
     forth, back = (np.log, np.exp) if log else (np.asarray, np.asarray)
     low, high = forth(ax.get_ylim())
     for keep, place in PLACES.items():
+        if keep == "first":  # `_hero_first`
+            continue
         there = [n for n in ROTATIONS if (n, keep) in mean and np.isfinite(mean[n, keep]["mean"])]
         spots = style.apart(
             [float(forth(mean[n, keep]["mean"])) for n in there], 0.062 * (high - low)
@@ -251,8 +254,28 @@ def _hero_labels(ax: Axes, mean: dict[tuple[str, str], dict[str, float]], log: b
             ax.annotate(
                 text, (place + (-0.08 if left else 0.12), float(back(spot))), va="center",
                 ha="right" if left else "left", color=COLOUR[name], weight="bold",
-                alpha=0.6 if keep == "first" else 1,
             )  # fmt: skip
+
+
+def _hero_first(ax: Axes, result: dict[str, Any]) -> None:
+    """Beside the first token's markers what they are to be compared with: the same windows and seeds."""
+    for name in ROTATIONS:
+        values = {k: _first(result, name, k) for k in PLACES}
+        if not len(values["first"]) or not np.isfinite(values["first"]).all():
+            continue
+        aside = 8 if len(values["first"]) == 1 else 14
+        mean = values["first"].mean()
+        ax.annotate(f"{name}  {number(mean, 1)}", (PLACES["first"], mean), (aside, 0), va="center",
+                    textcoords="offset points", color=COLOUR[name], weight="bold")  # fmt: skip
+        beside = [
+            f"{text} {number(values[k].mean(), 1)}"
+            for k, text in (("none", "nothing kept"), ("massive", "massive kept"))
+            if len(values[k]) and np.isfinite(values[k]).all()
+        ]
+        if beside:
+            ax.annotate("\n".join(beside), (PLACES["first"], mean), (aside, -8), va="top",
+                        textcoords="offset points", fontsize=6.5, color="#666666",
+                        linespacing=1.1)  # fmt: skip
 
 
 def _hero_gaps(ax: Axes, mean: dict, gaps: dict[str, float], result: dict[str, Any]) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from dfrot_lab.plots import style
 from dfrot_lab.plots.kept_tokens import dots
-from dfrot_lab.plots.style import COLOUR, MARKER, PAGE, array, figure, number
+from dfrot_lab.plots.style import COLOUR, LINE, MARKER, PAGE, array, figure, number
 
 __all__ = ["calibration_ablation", "tables_by_bits"]
 
@@ -69,7 +70,9 @@ def tables_by_bits(result: dict[str, Any]) -> Figure:
         Line2D([], [], ls="", marker=MARKER[n], color=COLOUR[n], label=style.label(n))
         for n in ORDER
     ]
-    fig.legend(handles=handles, loc="outside upper center", ncols=len(ORDER))
+    told = f"floating point, {number(_fp(result))}"
+    handles.append(Line2D([], [], color=COLOUR["FP"], ls=LINE["FP"], lw=0.9, label=told))
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return fig
 
 
@@ -89,7 +92,7 @@ def _panel(ax: Axes, cells: dict[tuple[str, str, str], np.ndarray], fp: float) -
     ax.set_ylim(*style.limits(everything, log=log, margin=0.1))
     if log:
         style.log_ticks(ax.yaxis, *ax.get_ylim())
-    ax.axhline(fp, color=COLOUR["FP"], ls=style.LINE["FP"], lw=0.9, zorder=1)
+    ax.axhline(fp, color=COLOUR["FP"], ls=LINE["FP"], lw=0.9, zorder=1)
     nr = cells.get(("gptq", "none", "NR"))
     if nr is not None:
         style.note(ax, f"NR {number(nr.mean(), 0)}", 0.98, 0.98, ha="right", va="top")
@@ -99,16 +102,39 @@ def _panel(ax: Axes, cells: dict[tuple[str, str, str], np.ndarray], fp: float) -
     ax.grid(axis="y")
 
 
+def _start(result: dict[str, Any]) -> float:
+    """Perplexity of RH, seed 0, quantized as the rotations of Table 3; NaN where it was not measured."""
+    like = result["calibration"]["sample"][0]
+    wanted = {"rotation": "RH", "keep": "none", "seed": 0, "bits": like["bits"]}
+    wanted["method"] = like["method"]
+    rows = [r for r in result.get("rows", []) if wanted.items() <= r.items()]
+    return float(array(rows[0]["ppl"])) if rows else np.nan
+
+
+def _by_sites(result: dict[str, Any]) -> list[tuple[int, float]]:
+    """(norm sites used, perplexity) in order; the first sample, R1 as it always is, has all of them."""
+    found = [(r["used"], float(array(r["ppl"]))) for r in result["calibration"]["sites"]]
+    every = result["calibration"]["sites"][0]["of"]
+    first = [r for r in result["calibration"]["sample"] if r["index"] == 0]
+    if first and every not in dict(found):
+        found.append((every, float(array(first[0]["ppl"]))))
+    return sorted(found)
+
+
 def _calibration_numbers(result: dict[str, Any]) -> dict[str, Any]:
     sample, sites = result["calibration"]["sample"], result["calibration"]["sites"]
     values = array([r["ppl"] for r in sample])
-    told = ", ".join(f"{r['used']} of {r['of']}: {number(r['ppl'])}" for r in sites)
+    told = ", ".join(
+        f"{n} of {sites[0]['of']}: {number(p)}" for n, p in reversed(_by_sites(result))
+    )
     sd = values.std(ddof=1) if len(values) > 1 else 0.0
     return {
         "bits": sample[0]["bits"],
         "samples": style.count(len(sample), "calibration sample"),
-        "spread": f"{number(values.mean())} ± {number(sd)}",
+        "spread": f"{number(values.mean())} ± {number(sd)} (sd {number(100 * sd / values.mean())} % "
+        "of the mean)",
         "sites": told,
+        "RH": number(start) if np.isfinite(start := _start(result)) else "not measured",
     }
 
 
@@ -116,17 +142,31 @@ def _calibration_numbers(result: dict[str, Any]) -> dict[str, Any]:
 def calibration_ablation(result: dict[str, Any]) -> Figure:
     """Table 3: perplexity of DFRot(RH) by calibration sample, and by number of norm sites used."""
     sample, sites = result["calibration"]["sample"], result["calibration"]["sites"]
-    fig = style.new(PAGE, 2.2)
+    values, start = array([r["ppl"] for r in sample]), _start(result)
+    sd = values.std(ddof=1) if len(values) > 1 else 0.0
+    fig = style.new(PAGE, 2.3)
     left, right = fig.subplots(1, 2, sharey=True)
-    look = {"color": COLOUR["DFRot"], "marker": MARKER["DFRot(RH)"], "ms": 4.5}
-    left.plot([r["index"] + 1 for r in sample], array([r["ppl"] for r in sample]), ls="", **look)
-    left.axhline(array([r["ppl"] for r in sample]).mean(), color=COLOUR["DFRot"], lw=0.8, ls=":")
+    ink = COLOUR["DFRot"]
+    look = {"color": ink, "marker": MARKER["DFRot(RH)"], "ms": 4.5, "ls": ""}
+    for ax in (left, right):
+        ax.axhline(values.mean(), color=ink, lw=0.8, ls=":", zorder=1)
+        ax.axhspan(values.mean() - sd, values.mean() + sd, color=ink, alpha=0.15, lw=0, zorder=0)
+        if np.isfinite(start):
+            ax.axhline(start, color=COLOUR["RH"], ls=(0, (4, 2)), lw=0.9, zorder=1)
+        ax.grid(axis="y")
+    left.plot([r["index"] + 1 for r in sample], values, **look)
     left.set_xticks([r["index"] + 1 for r in sample])
     left.set(xlabel="calibration sample", ylabel=f"perplexity at {sample[0]['bits']}")
-    right.plot([r["used"] for r in sites], array([r["ppl"] for r in sites]), **look)
+    used, ppl = zip(*_by_sites(result), strict=True)
+    right.plot(used, ppl, **look)
+    right.set_xticks(used, [str(n) for n in used])
     right.set_xlabel(f"norm sites used, of {sites[0]['of']}")
-    every = array([r["ppl"] for r in sample + sites])
-    left.set_ylim(*style.limits([*every, 1.06 * every.max(), 0.94 * every.min()]))
-    for ax in (left, right):
-        ax.grid(axis="y")
+    left.set_ylim(*style.limits([*values, *ppl, start, values.mean() - sd, values.mean() + sd],
+                                margin=0.12))  # fmt: skip
+    handles = [Line2D([], [], **look, label="DFRot(RH)")]
+    handles.append(Patch(fc=ink, alpha=0.15, label="mean ± sd over samples"))
+    if np.isfinite(start):
+        told = f"RH itself, {number(start)}"
+        handles.append(Line2D([], [], color=COLOUR["RH"], ls=(0, (4, 2)), lw=0.9, label=told))
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return fig

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dfrot_lab.plots import style
 from dfrot_lab.plots.invariance import surface_row
@@ -32,18 +34,40 @@ def _told(pairs: Any) -> str:
     return ", ".join(f"{name} {number(value)}" for name, value in pairs)
 
 
-def _bars(ax: Any, names: list[str], values: list[float], colours: list[str]) -> None:
-    """Horizontal points with a stem from the smallest axis value, and the number beside each."""
-    values = array(values)
-    low, high = style.limits(values, margin=0.25)
-    for i, (value, ink) in enumerate(zip(values, colours, strict=True)):
-        ax.plot([low, value], [i, i], color=ink, lw=0.8)
-        ax.plot(value, i, "o", color=ink, ms=5)
-        ax.annotate(number(value), (value, i), (5, 0), textcoords="offset points", va="center",
-                    fontsize=7)  # fmt: skip
+def _dots(
+    ax: Axes, names: list[str], values: list[float], inks: list[str], seeds: list[Any] | None = None
+) -> None:
+    """A dot a row on an axis that need not start at 0, its number at the right end.
+
+    seeds: for each row the values of every seed, small dots below it; where `values` is their mean, the
+    bar through the dot is their sd.
+    """
+    seeds = [array(s) for s in seeds or [[]] * len(values)]
+    everything = [*array(values), *np.concatenate(seeds)]
+    for i, (value, ink, every) in enumerate(zip(array(values), inks, seeds, strict=True)):
+        told = number(value)
+        if len(every) > 1:
+            ax.plot(every, np.full(len(every), i + 0.27), ".", color=ink, ms=4, mew=0, alpha=0.75)
+            if np.isclose(value, every.mean()):
+                sd = every.std(ddof=1)
+                everything += [value - sd, value + sd]
+                ax.errorbar(value, i, xerr=sd, color=ink, lw=1.1, capsize=2.5, zorder=3)
+                told += f" ± {number(sd)}"
+        ax.plot(value, i, "o", color=ink, ms=5, zorder=4)
+        ax.annotate(told, (1, i), (4, 0), xycoords=ax.get_yaxis_transform(), fontsize=7,
+                    textcoords="offset points", va="center", annotation_clip=False)  # fmt: skip
     ax.set_yticks(range(len(names)), names)
-    ax.set(xlim=(low, high), ylim=(len(names) - 0.5, -0.5))
+    limits = style.limits(everything, margin=0.08)
+    ax.set(xlim=limits, ylim=(len(names) - 0.5, -0.5))
     ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.grid(axis="y", lw=0.4)
+
+
+def _other_seeds(result: dict[str, Any], values: list[float]) -> list[list[float]]:
+    """For each perplexity of the first seed, those of all seeds, where `slips` measured the same row."""
+    ways = [[float(array(r["ppl"])) for r in rows] for rows in _slips(result).values()]
+    return [next((w for w in ways if w[0] == float(array(v))), []) for v in values]
 
 
 def _static_numbers(result: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +124,9 @@ def clipping(result: dict[str, Any]) -> Figure:
         )
         ax.plot([r["clip"] for r in rows], array([r["ppl"] for r in rows]), color=COLOUR[name],
                 marker=MARKER[name], ms=4, label=name)  # fmt: skip
+    clips = sorted({r["clip"] for r in result["clipping"]})
+    if len(clips) <= 8:
+        ax.set_xticks(clips, [f"{c:g}" for c in clips])
     ax.set(xlabel="clip ratio of each token's range", ylabel="perplexity")
     ax.grid(axis="y")
     ax.legend()
@@ -126,12 +153,14 @@ def corpus_transfer(result: dict[str, Any]) -> Figure:
     """A panel for each tested corpus: RH, and DFRot refined on each corpus."""
     tested = list(dict.fromkeys(r["tested"] for r in result["transfer"]))
     fig = style.new(PAGE, 1.6)
+    fig.get_layout_engine().set(wspace=0.08)
     axes = fig.subplots(1, len(tested), squeeze=False)[0]
     for ax, t in zip(axes, tested, strict=True):
         rows = [r for r in result["transfer"] if r["tested"] == t]
         names = ["RH" if r["calibrated"] == "none" else f"on {r['calibrated']}" for r in rows]
         inks = [COLOUR["RH" if r["calibrated"] == "none" else "DFRot"] for r in rows]
-        _bars(ax, names, [r["ppl"] for r in rows], inks)
+        values = [r["ppl"] for r in rows]
+        _dots(ax, names, values, inks, _other_seeds(result, values))
         ax.set(title=f"tested on {t}", xlabel="perplexity")
     return fig
 
@@ -147,7 +176,8 @@ def recollected(result: dict[str, Any]) -> Figure:
     fig = style.new(COLUMN, 1.5)
     names = [f"round {r['round']}" for r in rows]
     ax = fig.add_subplot()
-    _bars(ax, names, [r["ppl"] for r in rows], [COLOUR["DFRot"]] * len(rows))
+    values = [r["ppl"] for r in rows]
+    _dots(ax, names, values, [COLOUR["DFRot"]] * len(rows), _other_seeds(result, values))
     ax.set_xlabel("perplexity")
     return fig
 
@@ -305,7 +335,7 @@ def begin_of_sequence(result: dict[str, Any]) -> Figure:
 
 
 def _slips(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    rows = result["slips"]
+    rows = result.get("slips", [])
     return {
         way: [r for r in rows if r["way"] == way] for way in dict.fromkeys(r["way"] for r in rows)
     }
@@ -327,16 +357,12 @@ def _slip_numbers(result: dict[str, Any]) -> dict[str, Any]:
 
 @figure(NOTEBOOK, _slip_numbers)
 def slips(result: dict[str, Any]) -> Figure:
-    """Perplexity of DFRot(RH) with one slip of the publication at a time: mean, and every seed."""
+    """Perplexity of DFRot(RH) with one slip of the publication at a time: mean ± sd, and every seed."""
     ways = _slips(result)
-    fig = style.new(PAGE, 0.35 + 0.24 * len(ways))
+    fig = style.new(PAGE, 0.35 + 0.26 * len(ways))
     ax = fig.add_subplot()
     inks = [COLOUR["RH" if way == "RH itself" else "DFRot"] for way in ways]
     values = [array([r["ppl"] for r in rows]) for rows in ways.values()]
-    _bars(ax, list(ways), [v.mean() for v in values], inks)
-    for i, (seeds, ink) in enumerate(zip(values, inks, strict=True)):
-        ax.plot(seeds, np.full(len(seeds), i + 0.28), "|", color=ink, ms=4)
-    low, high = style.limits(np.concatenate(values), margin=0.12)
-    ax.set_xlim(min(low, ax.get_xlim()[0]), max(high, ax.get_xlim()[1]))
+    _dots(ax, list(ways), [v.mean() for v in values], inks, values)
     ax.set_xlabel("perplexity")
     return fig

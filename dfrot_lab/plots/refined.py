@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from dfrot_lab.plots import style
-from dfrot_lab.plots.kept_tokens import dots
 from dfrot_lab.plots.style import COLOUR, COLUMN, LINE, MARKER, PAGE, array, figure, number, power
 from dfrot_lab.plots.token_errors import scatter_legend, scatter_panel
 
@@ -25,7 +26,6 @@ __all__ = [
 NOTEBOOK = "04_dfrot"
 STARTS = ("RO", "RH")
 TOKEN = ("NR", "RO", "RH", "DFRot")
-ORDER = ("NR", "RO", "DFRot(RO)", "RH2", "RH", "DFRot(RH)")
 
 
 def _halves(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -154,17 +154,6 @@ def dfrot_scatter(result: dict[str, Any]) -> Figure:
     return fig
 
 
-def _groups(result: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """{bits: {rotation: perplexities}} of rows that keep nothing."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for r in result["rows"]:
-        if r["keep"] == "none":
-            found.setdefault(r["bits"], {}).setdefault(r["rotation"], []).append(
-                float(array(r["ppl"]))
-            )
-    return found
-
-
 def _floating_point(result: dict[str, Any], bits: str) -> float:
     """FP's perplexity on the windows measured at `bits`, NaN if it was measured on fewer."""
     windows = min(r["windows"] for r in result["rows"] if r["bits"] == bits)
@@ -175,77 +164,87 @@ def _floating_point(result: dict[str, Any], bits: str) -> float:
 
 
 def _perplexity_numbers(result: dict[str, Any]) -> dict[str, Any]:
-    told = []
-    for bits, cells in _groups(result).items():
-        parts = []
-        for start in STARTS:
-            pair = [cells.get(n) for n in (start, f"DFRot({start})")]
-            if all(pair):
-                parts.append(f"{start} {number(np.mean(pair[0]))} → {number(np.mean(pair[1]))}")
-        if parts:
-            told.append(f"{bits}: " + ", ".join(parts))
+    told: dict[str, list[str]] = {}
+    for bits, start, cells in _pairs(result):
+        pair = [list(cells.get(n, {}).values()) for n in (start, f"DFRot({start})")]
+        if all(pair):
+            means = " → ".join(number(np.mean(v)) for v in pair)
+            told.setdefault(bits, []).append(f"{start} {means}")
     seeds = {
         r["seed"] for r in result["rows"] if r["rotation"] in (*STARTS, "DFRot(RO)", "DFRot(RH)")
     }
     windows = {r["bits"]: r["windows"] for r in result["rows"] if r["rotation"] != "FP"}
     return {
         "windows": ", ".join(f"{style.count(n, 'window')} at {b}" for b, n in windows.items()),
-        "means": "; ".join(told) or "nothing to compare",
+        "means": "; ".join(f"{b}: {', '.join(t)}" for b, t in told.items()) or "nothing to compare",
         "seeds": style.count(len(seeds), "seed"),
     }
 
 
+def _pairs(result: dict[str, Any]) -> list[tuple[str, str, dict[str, dict[int, float]]]]:
+    """[(bits, start, {rotation: {seed: perplexity}})], a start and what is refined from it."""
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for r in result["rows"]:
+        start = r["rotation"].removeprefix("DFRot(").removesuffix(")")
+        if r["keep"] == "none" and start in STARTS:
+            both = found.setdefault((r["bits"], start), {})
+            both.setdefault(r["rotation"], {})[r["seed"]] = float(array(r["ppl"]))
+    bits = list(dict.fromkeys(b for b, _ in found))
+    return [(b, s, found[b, s]) for b in bits for s in STARTS if (b, s) in found]
+
+
 @figure(NOTEBOOK, _perplexity_numbers)
 def dfrot_perplexity(result: dict[str, Any]) -> Figure:
-    """Perplexity by rotation at each setting of bits: mean ± sd, seeds as dots, FP as a line."""
-    groups = {b: cells for b, cells in _groups(result).items() if set(cells) & set(ORDER)}
-    fp = {b: _floating_point(result, b) for b in groups}
-    shown = {b: [n for n in ORDER if n in cells and n != "NR"] for b, cells in groups.items()}
-    fig = style.new(PAGE if sum(map(len, shown.values())) > 3 else COLUMN, 2.5)
-    axes = fig.subplots(
-        1, max(len(groups), 1), sharey=True, squeeze=False,
-        width_ratios=[max(len(s), 1) + 0.4 for s in shown.values()] or None,
-    )[0]  # fmt: skip
-    everything = [*fp.values(), *(v for b, ns in shown.items() for n in ns for v in groups[b][n])]
-    for ax, (bits, names) in zip(axes, shown.items(), strict=False):
-        hidden = []
-        for i, name in enumerate(names):
-            values = np.array(groups[bits][name])
-            if not np.isfinite(values).all():
-                hidden.append(f"{style.label(name)}: ∞")
-            values = values[np.isfinite(values)]
-            if not len(values):
-                continue
-            if len(values) > 1:
-                everything += [
-                    values.mean() - values.std(ddof=1),
-                    values.mean() + values.std(ddof=1),
-                ]
-            dots(ax, i, values, name, size=5, aside=0.16)
-            ax.annotate(number(values.mean(), 1), (i, values.mean()), (-6, 0), textcoords="offset points",
-                        ha="right", va="center", fontsize=7, color=COLOUR[name])  # fmt: skip
-        if hidden:
-            style.note(ax, "\n".join(hidden), 0.98, 0.97, ha="right", va="top")
-        ax.axhline(fp[bits], color=COLOUR["FP"], ls=LINE["FP"], lw=0.9, zorder=1)
-        ax.set_xticks(range(len(names)), [style.label(n).replace("(", "\n(") for n in names])
-        ax.set_xlim(-0.9, max(len(names), 1) - 0.5)
-        ax.set_title(f"{bits}")
-        ax.tick_params(axis="x", length=0)
-        ax.grid(axis="y")
-    log = style.wide(everything)
-    if log:
-        axes[0].set_yscale("log")
-    axes[0].set_ylim(*style.limits(everything, log=log, margin=0.08))
-    if log:
-        style.log_ticks(axes[0].yaxis, *axes[0].get_ylim())
-    for ax, value in zip(axes, fp.values(), strict=False):
-        if math.isfinite(value):
-            ax.annotate(f"FP {number(value, 1)}", (-0.85, value), (0, 2.5), fontsize=7,
-                        textcoords="offset points", va="bottom")  # fmt: skip
+    """Perplexity before and after, a panel with its own scale for each setting of bits and start."""
+    pairs = _pairs(result)
+    fig = style.new(PAGE if len(pairs) > 1 else COLUMN, 2.5)
+    axes = fig.subplots(1, max(len(pairs), 1), squeeze=False)[0]
+    for ax, (bits, start, cells) in zip(axes, pairs, strict=False):
+        _before_and_after(ax, start, cells)
+        fp = _floating_point(result, bits)
+        below = f"\nFP {number(fp, 1)}" if math.isfinite(fp) else ""
+        ax.set_title(f"{bits}, from {start}{below}")
     axes[0].set_ylabel("perplexity")
-    if not groups:
+    if not pairs:
         style.note(axes[0], "no perplexity was measured")
     return fig
+
+
+def _before_and_after(ax: Axes, start: str, cells: dict[str, dict[int, float]]) -> None:
+    """Means as large markers, told beside them; thin lines join the start and R1 of a seed."""
+    names = (start, f"DFRot({start})")
+    values = {n: array(list(cells.get(n, {}).values())) for n in names}
+    finite = {n: v for n, v in values.items() if len(v) and np.isfinite(v).all()}
+    hidden = [f"{n}: ∞" for n, v in values.items() if len(v) and n not in finite]
+    everything = [x for v in finite.values() for x in v]
+    if log := style.wide(everything):
+        ax.set_yscale("log")
+    ax.set_ylim(*style.limits(everything, log=log, margin=0.2))
+    if log:
+        style.log_ticks(ax.yaxis, *ax.get_ylim())
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(6))
+    for seed in sorted(set(cells.get(names[0], {})) & set(cells.get(names[1], {}))):
+        y = [cells[n][seed] for n in names]
+        if np.isfinite(y).all():
+            ax.plot([0, 1], y, color=COLOUR["ink"], lw=0.6, alpha=0.55, marker=".", ms=3, zorder=2)
+    for x, (name, v) in zip((0, 1), values.items(), strict=True):
+        if name in finite:
+            ink = COLOUR[name]
+            ax.plot(x, v.mean(), MARKER[name], color=ink, ms=6, mec="white", mew=0.6, zorder=4)
+            ax.annotate(number(v.mean(), 1), (x, v.mean()), (-6 if x == 0 else 6, 0), fontsize=7,
+                        textcoords="offset points", ha="right" if x == 0 else "left", va="center",
+                        color=ink, weight="bold")  # fmt: skip
+    if set(finite) == set(names):
+        change = finite[names[1]].mean() / finite[names[0]].mean() - 1
+        told = f"{100 * change:+.1f} %" if abs(change) < 0.1 else f"{100 * change:+.0f} %"
+        style.note(ax, told.replace("-", "−"), 0.5, 0.99, va="top", color=COLOUR["ink"])
+    elif hidden:
+        style.note(ax, "\n".join(hidden), 0.98, 0.97, ha="right", va="top")
+    ax.set_xticks([0, 1], names)
+    ax.set_xlim(-0.75, 1.75)
+    ax.tick_params(axis="x", length=0)
+    ax.grid(axis="y")
 
 
 def _distance_numbers(result: dict[str, Any]) -> dict[str, Any]:

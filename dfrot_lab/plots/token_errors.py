@@ -131,9 +131,9 @@ def error_bars_3d(result: dict[str, Any]) -> Figure:
     errors = {n: array(found[n])[shown] for n in ROTATIONS}
     low, high = style.limits([*np.concatenate(list(errors.values()))], log=True)
     base = np.log10(low) - 0.1
-    fig = style.new(PAGE, 3.1)
+    fig = style.new(PAGE, 3.3)
     fig.set_layout_engine("none")
-    ax = fig.add_axes((-0.03, -0.575, 1.0, 2.18), projection="3d")  # square: it clips what it draws
+    ax = fig.add_axes((-0.02, -0.54, 1.0, 2.045), projection="3d")  # square: it clips what it draws
     fill = {n: tuple(0.45 + 0.55 * np.array(to_rgb(COLOUR[n]))) for n in ROTATIONS}
     for depth, name in enumerate(reversed(ROTATIONS)):
         height = np.log10(np.maximum(errors[name], 10**base)) - base
@@ -161,8 +161,8 @@ def error_bars_3d(result: dict[str, Any]) -> Figure:
     ax.set_xlabel(f"position of the token{thinned}", labelpad=14)
     ax.zaxis.set_rotate_label(False)
     ax.set_zlabel(r"$\Vert x - Q(x)\Vert^2$", labelpad=8, rotation=90)
-    ax.set_box_aspect((3.4, 1.7, 1.1), zoom=0.62)
-    ax.view_init(elev=33, azim=-70)
+    ax.set_box_aspect((3.8, 2.3, 1.05), zoom=0.645)
+    ax.view_init(elev=44, azim=-80)  # so high that no row hides the lowest bars behind it
     handles = [Patch(fc=fill[n], ec="#444444", lw=0.3, label=n) for n in ROTATIONS]
     handles.append(Patch(fc=COLOUR["massive"], ec="#444444", lw=0.3, label="massive token"))
     fig.legend(handles=handles if massive else handles[:-1], loc="upper center", ncols=4)

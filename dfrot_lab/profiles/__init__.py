@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from dfrot_lab.files import project_root
+
 __all__ = ["ProfileError", "check", "load", "names", "notebook_parameters"]
 
 _HERE = Path(__file__).parent
@@ -35,7 +37,8 @@ def path(profile: str) -> Path:
 def load(profile: str) -> dict[str, Any]:
     """The profile as a dict with 'common', 'notebooks' and 'rotations'; a `base` profile fills gaps.
 
-    Single parameters are filled in, of a notebook's section too.
+    Single parameters are filled in, of a notebook's section too. A notebook may be named by its number
+    alone ('03'), as for `dfrot-lab run`; here it has its full name.
     """
     try:
         content = yaml.safe_load(path(profile).read_text()) or {}
@@ -55,13 +58,32 @@ def load(profile: str) -> dict[str, Any]:
             raise ProfileError(
                 f"profile {profile!r}: {section} = {found[section]!r} is not a mapping of names to values"
             )
-    if base := found["base"]:
-        below = load(base)
+    below = load(found["base"]) if found["base"] else None
+    known = [p.stem for p in sorted((project_root() / "notebooks").glob("[0-9]*.ipynb"))]
+    known += below["notebooks"] if below else []
+    found["notebooks"] = _in_full(profile, found["notebooks"], known)
+    if below:
         for name, parameters in below["notebooks"].items():
             found["notebooks"][name] = parameters | found["notebooks"].get(name, {})
         for section in ("common", "rotations"):
             found[section] = below[section] | found[section]
     return found
+
+
+def _in_full(profile: str, sections: dict[Any, Any], known: list[str]) -> dict[str, Any]:
+    """`sections` under the full names in `known`; a number without quotes is an int in YAML."""
+    out: dict[str, Any] = {}
+    for name, parameters in sections.items():
+        text = f"{name:02d}" if isinstance(name, int) else str(name)
+        full = next((k for k in known if text in (k, k.split("_")[0])), text)
+        if full in out:
+            raise ProfileError(f"profile {profile!r} names notebook {full} twice: join the two")
+        if not isinstance(parameters, dict | None):
+            raise ProfileError(
+                f"profile {profile!r}: notebook {text} = {parameters!r} is not a mapping of names to values"
+            )
+        out[full] = parameters or {}
+    return out
 
 
 def notebook_parameters(profile: str, notebook: str, known: set[str]) -> dict[str, Any]:
