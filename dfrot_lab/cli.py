@@ -276,9 +276,13 @@ def gallery(folder: Path | None, profile: str, out: Path | None) -> None:
 
     root = project_root()
     out = out or root / _results(profile) / "gallery"
-    shown = sites.build([folder] if folder else [root / _results(profile), root / "figures"], out, root)
+    shown = sites.build(
+        [folder] if folder else [root / _results(profile), root / "figures"], out, root
+    )
     for origin, names in shown.items():
-        click.echo(f"from {origin}: {', '.join(names)}" if origin else f"no result: {', '.join(names)}")
+        click.echo(
+            f"from {origin}: {', '.join(names)}" if origin else f"no result: {', '.join(names)}"
+        )
     click.echo(out / "index.html")
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dfrot_lab.tables import Table
+
 __all__ = ["Finding", "Verdict", "findings", "same_order", "verdicts"]
+
+_NBSP = "\u00a0"  # a number stays with its unit
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def _gap(result: Mapping[str, Any]) -> tuple[str, str, str]:
         _percent(result["closed"]["of_means"]),
         "of the gap between random and Hadamard rotations is gone once massive tokens are kept in "
         "floating point",
-        f"They are {_number(100 * share, '.2f')} % of all (token, norm) pairs. Perplexity with every "
+        f"They are {_number(100 * share, '.2f')}{_NBSP}% of all (token, norm) pairs. Perplexity with every "
         f"token at {_bits(result)}: RO {_number(ppl['RO', 'none'])}, RH {_number(ppl['RH', 'none'])}; "
         f"massive tokens kept: RO {_number(ppl['RO', 'massive'])}, "
         f"RH {_number(ppl['RH', 'massive'])}; floating point {_number(ppl['FP', 'none'])}.",
@@ -75,9 +79,10 @@ def _massive(result: Mapping[str, Any]) -> tuple[str, str, str]:
     mean = {(s["rotation"], s["group"]): s["mean"] for s in result["statistics"]}
     ratio = {g: float(mean["RO", g]) / float(mean["RH", g]) for g in ("massive", "normal")}
     return (
-        f"{_number(ratio['massive'])} ×",
+        f"{_number(ratio['massive'])}{_NBSP}×",
         "a random rotation's error over a Hadamard's, on massive tokens",
-        f"On normal tokens it is {_number(ratio['normal'], '.2f')} ×: the difference is in the few.",
+        f"On normal tokens: {_number(ratio['normal'], '.2f')}{_NBSP}×. Mean over layers and seeds, relative "
+        "to each token's squared norm.",
     )
 
 
@@ -168,37 +173,41 @@ def _number(value: float | str, form: str = ",.1f") -> str:
 
 
 def _percent(share: float | str, form: str = ".0f") -> str:
-    return f"{_number(100 * float(share), form)} %".replace("-", "−")
+    return f"{_number(100 * float(share), form)}{_NBSP}%".replace("-", "−")
 
 
 def _signed(change: float) -> str:
-    return f"{_number(100 * change, '+.0f')} %".replace("-", "−")
+    return f"{_number(100 * change, '+.0f')}{_NBSP}%".replace("-", "−")
 
 
 def _spread(mean: Mapping[str, Any]) -> str:
     return f"{_number(mean['mean'])} ± {_number(mean['sd'])}"
 
 
-def same_order(rows: Sequence[Sequence[str]], ours: int, theirs: int) -> list[bool | None]:
-    """For each row of `tables.paper_table`, whether it stands as in the paper among its group's rows.
+def same_order(table: Table, theirs: int) -> list[str | None]:
+    """How each row of `tables.paper_table` stands among its group's rows, ours against column `theirs`.
 
-    A group has the same bits and the same method for weights (the first two columns); a row stands alike
-    if no row of it that the paper has too is better in one and worse in the other. Columns `ours` and
-    `theirs` hold a perplexity in front; what failed (∞, no number) is worst. None: not in the paper, or
-    alone there.
+    A group has the same bits and the same method for weights (the first two columns). 'same': no row of
+    it that the paper has too is better in one and worse in the other; 'spread': one is, but ours differ by
+    no more than the larger sd over seeds; 'other': one is, by more. What failed (∞, no number) is
+    worst. None: not in the paper, or alone there.
     """
-    values = [[_leading(row[c]) for c in (ours, theirs)] for row in rows]
-    found: list[bool | None] = []
-    for row, (a, b) in zip(rows, values, strict=True):
+    ours, sd = table.header.index("perplexity"), table.header.index("sd")
+    rows = [
+        (row[:2], _leading(row[ours]), _leading(row[sd]) or 0.0, _leading(row[theirs]))
+        for row in table.rows
+    ]
+    found: list[str | None] = []
+    for k, (group, a, s, b) in enumerate(rows):
         others = [
-            v
-            for other, v in zip(rows, values, strict=True)
-            if other is not row and list(other[:2]) == list(row[:2]) and None not in v
+            r for j, r in enumerate(rows) if j != k and r[0] == group and None not in (r[1], r[3])
         ]
         if a is None or b is None or not others:
             found.append(None)
-        else:
-            found.append(not any((a < x and b > y) or (a > x and b < y) for x, y in others))
+            continue
+        turned = [r for r in others if (a < r[1] and b > r[3]) or (a > r[1] and b < r[3])]
+        beyond = any(abs(a - r[1]) > max(s, r[2]) for r in turned)
+        found.append("other" if beyond else "spread" if turned else "same")
     return found
 
 

@@ -191,12 +191,8 @@ def _paper_tables(entry: Entry) -> list[dict[str, Any]]:
         table = make(entry.result)
         orders = {}
         if make is tables.paper_table:
-            ours = table.header.index("perplexity")
-            orders = {
-                k: same_order(table.rows, ours, k)
-                for k, name in enumerate(table.header)
-                if "paper" in name
-            }
+            columns = [k for k, name in enumerate(table.header) if "paper" in name]
+            orders = {k: same_order(table, k) for k in columns}
         found.append({"table": table, "orders": orders})
     return found
 
@@ -211,15 +207,14 @@ def _error(failed: Any) -> str:
 
 
 def _settings(pages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Model, text and window length of each kind of run shown, with the notebooks that have it."""
-    groups: dict[tuple, dict[str, Any]] = {}
-    for page in pages:
-        if page["entry"].result:
-            known = page["entry"].result.get("parameters", {})
-            key = tuple(known.get(n) for n in ("model", "corpus", "seqlen")) + (page["entry"].origin,)
-            group = groups.setdefault(key, dict(zip(("model", "corpus", "seqlen", "origin"), key, strict=True)))
-            group.setdefault("pages", []).append(page)
-    return list(groups.values())
+    """Model, text, window length and folder of each kind of run shown, with the notebooks that have it."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for page in (p for p in pages if p["entry"].result):
+        known = page["entry"].result.get("parameters", {})
+        key = (known.get("model"), known.get("corpus"), known.get("seqlen"), page["entry"].origin)
+        groups.setdefault(key, []).append(page)
+    names = ("model", "corpus", "seqlen", "origin")
+    return [dict(zip(names, key, strict=True)) | {"pages": p} for key, p in groups.items()]
 
 
 def _templates():

@@ -12,7 +12,7 @@
   document.addEventListener("DOMContentLoaded", () => {
     const button = document.getElementById("theme");
     const label = () => {
-      button.textContent = dark() ? "☀ Light" : "☾ Dark";
+      button.innerHTML = dark() ? "☀ <span>Light</span>" : "☾ <span>Dark</span>";
       button.setAttribute("aria-label", `Switch to the ${dark() ? "light" : "dark"} theme`);
     };
     button.hidden = false;
