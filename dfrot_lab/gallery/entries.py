@@ -158,7 +158,7 @@ def _notebook(path: Path) -> Any:
     except Exception as error:  # nbformat's NotJSONError, ValidationError, KeyError …
         reason = str(error).splitlines()[0][:80]
         raise GalleryError(
-            f"{path} is no readable notebook ({reason}): delete it and run it again"
+            f"{path} is no readable notebook ({reason}): wait for the run that writes it, or delete it"
         ) from error
 
 

@@ -14,6 +14,7 @@ _SIGNS = ("+", "−", "±", "∓")
 _LIMITS = ("min", "max", "sup", "inf", "lim")
 _SCRIPTS = {"msub": "munder", "msup": "mover", "msubsup": "munderover"}
 _SCRIPTS |= {v: v for v in _SCRIPTS.values()}
+_PARTS = {"mfrac": 2, "msub": 2, "msup": 2, "mroot": 2, "munder": 2, "mover": 2, "msubsup": 3}
 _TIGHT = {"lspace": "0", "rspace": "0"}
 
 
@@ -43,6 +44,9 @@ def mathml(latex: str, display: bool = False) -> str:
         raise FormulaError(
             f"formula {source!r}: {left[0]!r} is unknown to latex2mathml: use another command"
         )
+    for element in root.iter():
+        if len(element) != _PARTS.get(element.tag, len(element)):
+            raise FormulaError(f"formula {source!r} lacks a part of its <{element.tag}>: complete it")
     _space(root, display)
     root.set("alttext", source)
     return ElementTree.tostring(root, encoding="unicode")

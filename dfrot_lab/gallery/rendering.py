@@ -27,7 +27,7 @@ class _Renderer(IPythonRenderer):
     """nbconvert's Markdown, with MathML for formulas and headings one level down, below the page's."""
 
     def block_math(self, body: str) -> str:
-        return f'<div class="formula" tabindex="0">{mathml(body, display=True)}</div>'
+        return f'<div class="formula">{mathml(body, display=True)}</div>'
 
     def inline_math(self, body: str) -> str:
         return mathml(body)

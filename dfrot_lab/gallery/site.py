@@ -15,6 +15,7 @@ from dfrot_lab import tables
 from dfrot_lab.gallery import rendering
 from dfrot_lab.gallery.entries import Entry, GalleryError, Scrubber, read
 from dfrot_lab.gallery.findings import Verdict, findings, same_order, verdicts
+from dfrot_lab.results import ResultError
 
 __all__ = ["build"]
 
@@ -68,7 +69,12 @@ def _aside(out: Path) -> Iterator[Path]:
         yield new
         if out.exists():
             os.replace(out, old)
-        os.replace(new, out)
+        try:
+            os.replace(new, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -188,7 +194,13 @@ def _summary(found: Sequence[Verdict]) -> dict[str, int]:
 def _paper_tables(entry: Entry) -> list[dict[str, Any]]:
     found = []
     for make in _TABLES.get(entry.name, []) if entry.result else []:
-        table = make(entry.result)
+        try:
+            table = make(entry.result)
+        except (KeyError, StopIteration, TypeError) as error:
+            raise ResultError(
+                f"the result of {entry.name} lacks what its table takes ({type(error).__name__}: "
+                f"{error}): run its notebook again"
+            ) from error
         orders = {}
         if make is tables.paper_table:
             columns = [k for k, name in enumerate(table.header) if "paper" in name]

@@ -1,4 +1,4 @@
-// Dark or light: the reader's choice, kept; without one, the system's. Runs before the page is drawn.
+// The reader's theme, set before the page is drawn, and boxes that scroll made reachable by keyboard.
 "use strict";
 (() => {
   const root = document.documentElement;
@@ -9,7 +9,8 @@
   } catch {} // a browser that keeps nothing for files
   if (chosen === "dark" || chosen === "light") root.dataset.theme = chosen;
   const dark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
-  document.addEventListener("DOMContentLoaded", () => {
+
+  const themes = () => {
     const button = document.getElementById("theme");
     const label = () => {
       button.innerHTML = dark() ? "☀ <span>Light</span>" : "☾ <span>Dark</span>";
@@ -25,5 +26,20 @@
       } catch {}
       label();
     });
+  };
+
+  // only where there is something to scroll to: a stop of the Tab key for nothing is in the way
+  const reach = () => {
+    for (const box of document.querySelectorAll(".scroll, .formula, .prose .highlight")) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    }
+  };
+
+  document.addEventListener("DOMContentLoaded", () => {
+    themes();
+    reach();
+    addEventListener("resize", reach);
+    document.addEventListener("toggle", reach, true);
   });
 })();
