@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import sys
@@ -222,7 +221,3 @@ class Scrubber:
         if isinstance(value, list):
             return [self.value(v) for v in value]
         return self(value) if isinstance(value, str) else value
-
-    def json(self, value: Any) -> str:
-        """`value` as JSON in the form of results, scrubbed."""
-        return json.dumps(self.value(value), indent=1, sort_keys=True) + "\n"

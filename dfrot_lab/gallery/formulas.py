@@ -46,7 +46,9 @@ def mathml(latex: str, display: bool = False) -> str:
         )
     for element in root.iter():
         if len(element) != _PARTS.get(element.tag, len(element)):
-            raise FormulaError(f"formula {source!r} lacks a part of its <{element.tag}>: complete it")
+            raise FormulaError(
+                f"formula {source!r} lacks a part of its <{element.tag}>: complete it"
+            )
     _space(root, display)
     root.set("alttext", source)
     return ElementTree.tostring(root, encoding="unicode")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ def build(folders: Sequence[str | Path], out: str | Path, root: str | Path) -> d
     if out.exists() and not _replaceable(out):
         raise GalleryError(f"{out} is there and is no gallery: choose another --out, or remove it")
     with _aside(out) as folder:
-        _write(folder, entries, _scrubber(entries, folders, root))
+        scrub = _scrubber(entries, folders, root)
+        _write(folder, [_scrubbed(entry, scrub) for entry in entries], scrub)
     shown: dict[str, list[str]] = {}
     for entry in entries:
         shown.setdefault(entry.origin, []).append(entry.name)
@@ -85,7 +88,19 @@ def _scrubber(entries: Sequence[Entry], folders: Sequence[str | Path], root: Pat
         run_from = node.metadata.get("papermill", {}).get("input_path")
         if run_from and Path(run_from).is_absolute():
             places.add(Path(run_from).parents[1])  # the checkout it was run in
+    for entry in entries:  # a model or a text of the machine's own
+        values = (entry.result or {}).get("parameters", {}).values()
+        places |= {Path(v).parent for v in values if isinstance(v, str) and Path(v).is_absolute()}
     return Scrubber(places)
+
+
+def _scrubbed(entry: Entry, scrub: Scrubber) -> Entry:
+    return replace(
+        entry,
+        result=scrub.value(entry.result),
+        provenance=scrub.value(entry.provenance),
+        figures=tuple(replace(f, caption=scrub(f.caption)) for f in entry.figures),
+    )
 
 
 def _write(folder: Path, entries: Sequence[Entry], scrub: Scrubber) -> None:
@@ -133,7 +148,7 @@ def _page(entry: Entry, folder: Path, scrub: Scrubber) -> dict[str, Any]:
             shutil.copyfile(file, home / file.name)
     for name, value in (("result", entry.result), ("provenance", entry.provenance)):
         if value is not None:
-            _save(home / f"{name}.json", scrub.json(value))
+            _save(home / f"{name}.json", json.dumps(value, indent=1, sort_keys=True) + "\n")
     captions = {f.name: f.caption for f in entry.figures}
     bodies = {}
     for kind, node in (("notebook", entry.notebook), ("failed", entry.failed)):
@@ -160,7 +175,7 @@ def _page(entry: Entry, folder: Path, scrub: Scrubber) -> dict[str, Any]:
         "body": bodies.get("notebook"),
         "failed": bodies.get("failed"),
         "error": scrub(_error(entry.failed)) if entry.failed else "",
-        "provenance": scrub.value(entry.provenance) if entry.provenance else None,
+        "provenance": entry.provenance,
     }
 
 
