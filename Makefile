@@ -5,7 +5,7 @@ CORES ?= all
 HOME_OF = results/$(basename $(notdir $(PROFILE)))
 BIN := .venv/bin
 
-.PHONY: figures tables kernels theory objectives redraw publish verify test test-slow lint setup clean
+.PHONY: figures tables kernels theory objectives redraw publish verify gallery test-browser test test-slow lint setup clean
 .DELETE_ON_ERROR:
 
 figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
@@ -32,12 +32,19 @@ publish: .venv/.ready  ## copy figures, captions and results into figures/ for c
 verify: .venv/.ready  ## hold results/PROFILE against figures/, figure by figure
 	$(BIN)/dfrot-lab verify $(PROFILE)
 
+gallery: .venv/.ready  ## a static site of findings, figures and executed notebooks: results/PROFILE/gallery
+	$(BIN)/dfrot-lab gallery --profile $(PROFILE)
+
 test: .venv/.ready  ## the tests, offline once the assets are there
 	$(BIN)/dfrot-lab assets
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 test-slow: .venv/.ready  ## what takes minutes a test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+test-browser: .venv/.ready  ## the gallery in a real headless Chromium (Debian: chromium, chromium-driver)
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[browser]'
+	$(BIN)/python -m pytest -m browser tests/test_gallery_browser.py
 
 lint: .venv/.ready
 	$(BIN)/pip install -q -e '.[dev]'

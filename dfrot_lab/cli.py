@@ -355,5 +355,30 @@ def verify(profile, folder, against, only, every, tolerant, out) -> None:
     raise SystemExit(0 if report.reproduced else 1)
 
 
+@app.command()
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@_profile
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The site.  [default: results/PROFILE/gallery]"
+)
+def gallery(folder: Path | None, profile: str, out: Path | None) -> None:
+    """Build a static site of FOLDER's claims, figures and executed notebooks; it asks no other host.
+
+    Without FOLDER: results/PROFILE, and the committed figures/ for notebooks that were not run there.
+    """
+    from dfrot_lab import gallery as sites
+
+    root = project_root()
+    out = out or root / _results(profile) / "gallery"
+    shown = sites.build(
+        [folder] if folder else [root / _results(profile), root / "figures"], out, root
+    )
+    for origin, names in shown.items():
+        click.echo(
+            f"from {origin}: {', '.join(names)}" if origin else f"no result: {', '.join(names)}"
+        )
+    click.echo(out / "index.html")
+
+
 if __name__ == "__main__":
     app()

@@ -30,7 +30,7 @@ def test_help_lists_every_command():
     done = invoke("--help")
     assert done.exit_code == 0
     for command in (
-        "assets", "batch", "collect", "merge", "optimize", "plan", "publish", "redraw", "run",
+        "assets", "batch", "collect", "gallery", "merge", "optimize", "plan", "publish", "redraw", "run",
     ):  # fmt: skip
         assert command in done.output
 
