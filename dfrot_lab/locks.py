@@ -49,7 +49,8 @@ def requirements(root: Path, extras: Iterable[str] = EXTRAS) -> list[Requirement
 def closure(asked: Iterable[Requirement]) -> dict[str, str]:
     """Name → version installed here, of all that is asked for and all that those need in turn.
 
-    Markers are those of this platform, and what is `free` is left out. LockError for what is missing or of a version not asked for.
+    Markers are those of this platform, and what is `free` is left out. LockError for what is missing, or
+    of a version not asked for.
     """
     found: dict[str, str] = {}
     todo = [r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]

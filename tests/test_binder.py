@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -42,7 +43,7 @@ def test_post_build_asks_for_commands_and_notebooks_that_exist():
         usage = CliRunner().invoke(app, [command, "--help"])
         assert usage.exit_code == 0
         assert all(a in usage.output for a in arguments if a.startswith("--"))
-        for flag, value in zip(arguments, arguments[1:], strict=False):
+        for flag, value in itertools.pairwise(arguments):
             if flag == "--only":
                 assert notebooks.find(value, ROOT)
             if flag == "--profile":

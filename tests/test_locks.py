@@ -1,4 +1,4 @@
-"""The lock: satisfies pyproject, covers what is imported, and is what the published figures were made with."""
+"""The lock satisfies pyproject, covers what is imported, and is what the published figures were made with."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def python(*arguments, cwd: Path, path: Path | None = None, **environment):
     if path:
         given["PYTHONPATH"] = str(path)
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=given, capture_output=True, text=True, check=False,
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd, env=given, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -98,18 +99,18 @@ print(json.dumps({
 
 def test_outside_a_checkout_it_says_so(site, tmp_path):
     code = "from dfrot_lab.cli import app; app()"
-    with pytest.raises(AssertionError, match="no Snakefile in .*: run this from a checkout"):
+    with pytest.raises(AssertionError, match=r"no Snakefile in .*: run this from a checkout"):
         python("-P", "-c", code, "batch", "--profile", "smoke", cwd=tmp_path, path=site)
 
 
 def test_a_wheel_of_other_code_is_refused(site, checkout, tmp_path):
-    """The Snakefile watches the checkout's code: results of a wheel that differs would look new and be old."""
+    """The Snakefile watches the checkout: results of a wheel that differs would look new and be old."""
     other = tmp_path / "another checkout"
     shutil.copytree(checkout, other)
     changed = other / "kernels" / "dfrot_kernels" / "hadamard.py"
     changed.write_text(changed.read_text() + "\n")
     code = "from dfrot_lab.cli import app; app()"
-    with pytest.raises(AssertionError, match="hadamard.py is not what is installed in .*site"):
+    with pytest.raises(AssertionError, match=r"hadamard\.py is not what is installed in .*site"):
         python("-P", "-c", code, "batch", "--profile", "smoke", cwd=other, path=site)
     assert not (other / "results").exists()
 
@@ -161,7 +162,8 @@ def test_a_figure_is_made_by_the_installed_wheel(wheel, checkout):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     asked = ["batch", "--profile", "smoke", "--cores", "1", "--only", "01"]
     done = subprocess.run(
-        [".venv/bin/dfrot-lab", *asked], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+        [".venv/bin/dfrot-lab", *asked],
+        cwd=checkout, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     made = checkout / "results" / "smoke" / "01_rotation_invariance"
