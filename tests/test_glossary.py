@@ -16,7 +16,8 @@ ENTRIES = [line for line in TEXT.splitlines() if line.startswith("- ")]
 HEADS = [re.match(r"- \*\*(.+?)\*\*", line) for line in ENTRIES]
 TERMS = """Act-order|Calibration|Clip ratio|Code|DFRot|Fake quantization|GPTQ|Gaussian floor|Group size
 Hadamard matrix|Hessian|KL|KV cache|Kurtosis|Massive activation|Massive token|NR|Norm site
-Per-token|Perplexity|Procrustes|Quantizer|R1|R2|R3|R4|RH|RH²|RMSNorm|RO|RTN|Static|Step|Symmetric|W4A4|Zero point|nll|γ"""
+Per-token|Perplexity|Procrustes|Quantizer
+R1|R2|R3|R4|RH|RH²|RMSNorm|RO|RTN|Static|Step|Symmetric|W4A4|Zero point|nll|γ"""
 BESIDE = (
     "asymmetric",
     "per-channel",
