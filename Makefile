@@ -5,7 +5,7 @@ CORES ?= all
 HOME_OF = results/$(basename $(notdir $(PROFILE)))
 BIN := .venv/bin
 
-.PHONY: figures tables kernels theory objectives redraw publish verify gallery test-browser test test-slow lint setup clean
+.PHONY: figures tables kernels theory objectives redraw publish verify gallery test-browser test test-slow lint lock setup clean
 .DELETE_ON_ERROR:
 
 figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
@@ -50,6 +50,9 @@ lint: .venv/.ready
 	$(BIN)/pip install -q -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+
+lock: .venv/.ready  ## write requirements.lock from what is installed in .venv
+	$(BIN)/dfrot-lab lock
 
 setup: .venv/.ready
 

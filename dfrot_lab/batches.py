@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from filecmp import cmp
+from importlib.util import find_spec
 from pathlib import Path
 
 from dfrot_lab import notebooks as sources
@@ -16,6 +18,7 @@ __all__ = ["BatchError", "run"]
 
 
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
+_CODE = (".py", ".yml", ".json", ".mplstyle")
 
 
 class BatchError(RuntimeError):
@@ -30,10 +33,12 @@ def run(profile: str, root: Path, cores: str, memory: int, notebooks: Sequence[s
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
     killed run leaves behind, is not used; Snakemake inherits it, so that it holds while one killed
     alone leaves the other running. An interrupt, a hang-up or a termination is passed to the whole
-    process group. Raises BatchError if another batch holds the folder.
+    process group. Raises BatchError if another batch holds the folder,
+    or if what is installed is not the code of the checkout.
     """
     if not (root / "Snakefile").is_file():
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
+    _check_code(root)
     sources.check_profile(profile, root / "notebooks")
     folder = root / "results" / Path(profile).stem
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,3 +80,23 @@ def run(profile: str, root: Path, cores: str, memory: int, notebooks: Sequence[s
         finally:
             for s, handler in previous.items():
                 signal.signal(s, handler)
+
+
+def _check_code(root: Path) -> None:
+    """BatchError where the installed packages are not the checkout's in `root`, byte by byte.
+
+    Jobs run what is installed, notebooks find the checkout's first, and the Snakefile watches the checkout:
+    a wheel that is older would give results of two codes.
+    """
+    for package, folder in (("dfrot_lab", "dfrot_lab"), ("dfrot_kernels", "kernels/dfrot_kernels")):
+        installed = Path(find_spec(package).origin).parent
+        if installed == (root / folder).resolve():
+            continue
+        for file in sorted((root / folder).rglob("*")):
+            there = installed / file.relative_to(root / folder)
+            if file.suffix not in _CODE or (there.is_file() and cmp(file, there, shallow=False)):
+                continue
+            raise BatchError(
+                f"{file.relative_to(root)} is not what is installed in {installed}: install this checkout "
+                "again, with `pip install .` or `pip install -e .`"
+            )

@@ -270,6 +270,14 @@ def plan(profile: str) -> None:
 
 
 @app.command()
+def lock() -> None:
+    """Write requirements.lock: the exact versions installed here of all that the project needs."""
+    from dfrot_lab import locks
+
+    click.echo(locks.write(project_root()))
+
+
+@app.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results/demo"))
 def redraw(folder: Path) -> None:
     """Draw every figure in FOLDER again from its saved result, without the model or torch."""

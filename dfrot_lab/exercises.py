@@ -12,61 +12,20 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from importlib.util import find_spec
 from types import FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from dfrot_kernels import reference
 from dfrot_kernels.reference import Tokens, Weight
 from torch import Tensor
 
+from dfrot_lab.answers import Case, Comparison, Report, grade
+
 __all__ = ["EXERCISES", "Exercise", "Report", "check", "examine"]
 
 GARBAGE = 77  # what an output's integers hold before the kernel runs; floats hold NaN
-SHOWN = 16  # numbers of an argument
-GREEN, RED, GREY = "#009E73", "#D55E00", "#7F7F7F"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What came of a check; state: "passed", "failed" or "needs triton". True when it passed."""
-
-    name: str
-    state: str
-    text: str
-    example: str = ""
-
-    def __bool__(self) -> bool:
-        return self.state == "passed"
-
-    @property
-    def headline(self) -> str:
-        """One line, its sign and words saying what the colour does."""
-        sign = {"passed": "✓", "failed": "✗"}.get(self.state, "–")
-        return f"{sign} {self.name} {self.state}: {self.text}"
-
-    def __str__(self) -> str:
-        return "\n".join(filter(None, [self.headline, self.example]))
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        colour = {"passed": GREEN, "failed": RED}.get(self.state, GREY)
-        box = f"border-left: 4px solid {colour}; padding: 0.2em 0.8em"
-        more = f"<pre>{escape(self.example)}</pre>" if self.example else ""
-        return (
-            f'<div style="{box}"><b style="color: {colour}">{escape(self.headline)}</b>{more}</div>'
-        )
-
-
-class Case(NamedTuple):
-    """What it is about, the arguments, and what the reference says."""
-
-    about: str
-    arguments: tuple
-    expected: Any
 
 
 @dataclass(frozen=True)
@@ -104,17 +63,8 @@ def check(name: str, candidate: Any) -> Report:
 
 def examine(name: str, function: Callable) -> Report:
     """Try `function`, of the signature of the exercise's twin, on every case."""
-    cases = list(_named(name).cases())
-    for i, case in enumerate(cases, 1):
-        try:
-            found = function(*_moved(case.arguments))
-            wrong = _difference(found, case.expected)
-        except Exception as error:  # a reader's function may raise anything
-            wrong = f"raises {type(error).__name__}: {_cause(error)}"
-        if wrong:
-            text = f"case {i} of {len(cases)}, {case.about}"
-            return Report(name, "failed", text, f"{wrong}\n\n{_shown(case.arguments)}")
-    return Report(name, "passed", f"{len(cases)} of {len(cases)} cases")
+    device, cases = _device(), _named(name).cases()
+    return grade(name, function, cases, Comparison(exact_type=True, unwritten=GARBAGE), device)
 
 
 # --- cases: small ones first, so that the first counter-example can be read ----------------------
@@ -247,7 +197,7 @@ EXERCISES = {
 }
 
 
-# --- the comparison, and what is said of it -------------------------------------------------------
+# --- where it runs --------------------------------------------------------------------------------
 
 
 def _named(name: str) -> Exercise:
@@ -261,17 +211,6 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
 
 
-def _moved(arguments: tuple) -> tuple:
-    """The arguments on the device, cloned: a function that writes to them spoils its own copy."""
-    device = _device()
-    return tuple(
-        type(a)(*(t.to(device, copy=True) for t in a))
-        if isinstance(a, tuple)
-        else a.to(device, copy=True)
-        for a in arguments
-    )
-
-
 def _jitted(candidate: Any) -> Any:
     import triton
 
@@ -280,58 +219,3 @@ def _jitted(candidate: Any) -> Any:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def _difference(found: Any, expected: Any) -> str:
-    """Empty if `found` is `expected`, else the first place where it is not."""
-    if isinstance(expected, tuple):
-        if not isinstance(found, tuple) or len(found) != len(expected):
-            return f"returns {type(found).__name__}: {type(expected).__name__} is wanted"
-        pairs = zip(expected._fields, found, expected, strict=True)
-        return next(filter(None, (_part(n, f, e) for n, f, e in pairs)), "")
-    return _part("result", found, expected)
-
-
-def _part(name: str, found: Any, expected: Tensor) -> str:
-    if not isinstance(found, Tensor):
-        return f"{name} is {type(found).__name__}: a tensor is wanted"
-    if found.dtype != expected.dtype or found.shape != expected.shape:
-        wanted = f"{expected.dtype} {list(expected.shape)}"
-        return f"{name} is {found.dtype} {list(found.shape)}: {wanted} is wanted"
-    found = found.cpu()
-    if (
-        expected.is_floating_point()
-    ):  # the last place may differ where a GPU fuses a product and a sum
-        wrong = ~torch.isclose(found, expected, rtol=1e-6, atol=0, equal_nan=True)
-    else:
-        wrong = found != expected
-    if not wrong.any():
-        return ""
-    at = wrong.nonzero()[0].tolist()
-    value, right = found[tuple(at)].item(), expected[tuple(at)].item()
-    garbage = found.isnan() if expected.is_floating_point() else found == GARBAGE
-    was = "was never written" if garbage[wrong].all() else f"is {value:.7g}"
-    share = f"{int(wrong.sum()):,} of {wrong.numel():,} wrong"
-    return f"{name}{at} {was}, {right:.7g} is wanted; {share}"
-
-
-def _shown(arguments: tuple) -> str:
-    """The arguments, shortened."""
-    lines = []
-    for a in arguments:
-        kind = type(a).__name__.lower()
-        parts = (
-            {f"{kind}.{n}": t for n, t in a._asdict().items()} if isinstance(a, tuple) else {"x": a}
-        )
-        for name, t in parts.items():
-            values = ", ".join(f"{v:.4g}" for v in t.flatten()[:SHOWN].tolist())
-            more = ", …" if t.numel() > SHOWN else ""
-            lines.append(f"{name} {list(t.shape)} = {values}{more}")
-    return "\n".join(lines)
-
-
-def _cause(error: BaseException) -> str:
-    """First line of what went wrong in the reader's own code: Triton wraps it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]

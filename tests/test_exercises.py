@@ -169,6 +169,7 @@ def test_importing_the_exercises_needs_no_triton():
 
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import dfrot_lab.exercises, dfrot_lab.studies.int4_kernels, dfrot_lab.studies.int4_speed"
+        "import dfrot_lab.exercises, dfrot_lab.lessons\n"
+        "import dfrot_lab.studies.int4_kernels, dfrot_lab.studies.int4_speed"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
