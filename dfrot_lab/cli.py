@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from dfrot_lab import __version__, profiles
+from dfrot_lab.exports.commands import export, import_rotation
 from dfrot_lab.files import project_root
 
 __all__ = ["app"]
@@ -259,6 +260,10 @@ def publish(folder: Path, to: Path) -> None:
         for file in [source, source.with_name("provenance.json"), *figures, *beside]:
             shutil.copyfile(file, target / file.name)
         click.echo(target)
+
+
+app.add_command(export)
+app.add_command(import_rotation)
 
 
 if __name__ == "__main__":
