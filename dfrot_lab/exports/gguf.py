@@ -63,7 +63,7 @@ def write(
         _write(partial, folder, shape, dtype, about, source, pre, vocabulary)
         coarse = "float16" if dtype == "F16" else huggingface.stored_dtype(folder)
         wanted = checks.logits(checks.plain(source.folder))
-        checks.compare(_read(partial, shape), wanted, coarse, target)
+        checks.compare(_read(partial, shape, folder), wanted, coarse, target)
         os.replace(partial, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -177,11 +177,13 @@ def _write(path, folder, shape, dtype, about, source, pre, vocabulary) -> None:
         writer.close()
 
 
-def _read(path: Path, shape: _Shape) -> Tensor:
+def _read(path: Path, shape: _Shape, folder: Path) -> Tensor:
     """Logits of the written file through transformers' GGUF reader, which owes nothing to this module."""
+    from transformers import AutoConfig
+
     # it reads neither rope_freqs nor the size of Qwen3's heads: there alone, ours is given
     known = shape.rope == "default" and shape.family != "QWEN3"
-    given = {} if known else {"config": shape.config}
+    given = {} if known else {"config": AutoConfig.from_pretrained(folder)}
     model = checks.plain(path.parent, gguf_file=path.name, **given)
     for name in ("rms_norm_eps", "num_key_value_heads", "hidden_size", "num_hidden_layers"):
         ours, theirs = getattr(shape.config, name), getattr(model.config, name)
