@@ -62,15 +62,18 @@ def write(
     dtype = huggingface.stored_dtype(source.folder)
     config = copy.deepcopy(model.config)
     del model
-    wanted = checks.logits(_as_declared(built) if symmetric else built)
     quantized = {n: m for n, m in built.named_modules() if isinstance(m, QuantLinear)}
+    codes = {n: grid(m.weight) for n, m in quantized.items()}
+    for name, (code, step) in codes.items():  # what will be stored, to the last bit
+        stored = step.to(getattr(torch, dtype))[:, None]
+        quantized[name].weight.copy_(code.to(stored.dtype) * stored)
+    wanted = checks.logits(_as_declared(built) if symmetric else built)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
     try:
         folder = work / "model"
         lm = _unquantized(built, quantized)
         lm.config = config
-        codes = {n: grid(m.weight) for n, m in quantized.items()}
         lm.to(getattr(torch, dtype))
         _save(lm, codes, folder, bits, symmetric, packed)
         for file in source.folder.iterdir():
