@@ -26,7 +26,7 @@ from dfrot_lab import models, rotations
 from dfrot_lab.models import Architecture, ModelError
 from dfrot_lab.rotations import RotationError, Rotations
 
-__all__ = ["head_dim", "merge", "shapes"]
+__all__ = ["head_dim", "merge", "shapes", "shards"]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -47,8 +47,8 @@ def merge(source: str | Path, target: str | Path, rotation: Rotations) -> Path:
     _check(config, rotation, source)
     if target.exists():
         raise ModelError(f"{target} exists: choose another folder, or delete it")
-    shards = _shards(source)
-    size = sum((source / name).stat().st_size for name in shards)
+    names = shards(source)
+    size = sum((source / name).stat().st_size for name in names)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < 1.05 * size:
@@ -58,7 +58,7 @@ def merge(source: str | Path, target: str | Path, rotation: Rotations) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
     try:
         with ExitStack() as stack:
-            files = {n: stack.enter_context(safe_open(source / n, framework="pt")) for n in shards}
+            files = {n: stack.enter_context(safe_open(source / n, framework="pt")) for n in names}
             where = {k: f for f in files.values() for k in list(f.keys())}
             tensors = _Tensors(config, row, rotation, where)
             bar = stack.enter_context(
@@ -82,7 +82,7 @@ def merge(source: str | Path, target: str | Path, rotation: Rotations) -> Path:
 def shapes(source: str | Path) -> dict[str, tuple[str, list[int]]]:
     """Tensor → (dtype, shape) of the checkpoint in folder `source`, from its headers alone."""
     found = {}
-    for name in _shards(Path(source)):
+    for name in shards(source):
         with (Path(source) / name).open("rb") as f:
             (size,) = struct.unpack("<Q", f.read(8))
             header = json.loads(f.read(size))
@@ -104,7 +104,9 @@ def _config(source: Path) -> dict[str, Any]:
         ) from error
 
 
-def _shards(source: Path) -> list[str]:
+def shards(source: str | Path) -> list[str]:
+    """Names of the safetensors files of the checkpoint in folder `source`; ModelError if one is missing."""
+    source = Path(source)
     if (source / _INDEX).is_file():
         names = sorted(set(json.loads((source / _INDEX).read_text())["weight_map"].values()))
     else:

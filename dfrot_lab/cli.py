@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from dfrot_lab import __version__, profiles
+from dfrot_lab.exports.commands import export, import_rotation
 from dfrot_lab.files import project_root
 from dfrot_lab.presets import PRESETS
 
@@ -386,6 +387,10 @@ def gallery(folder: Path | None, profile: str, out: Path | None) -> None:
             f"from {origin}: {', '.join(names)}" if origin else f"no result: {', '.join(names)}"
         )
     click.echo(out / "index.html")
+
+
+app.add_command(export)
+app.add_command(import_rotation)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,254 @@
+"""Source: the checkpoint an export starts from, and the rotation that may be merged into it.
+
+A rotation belongs to one model at one revision. Its file says which, by name and by `fingerprint`; an
+export refuses any other, and a checkpoint that is rotated or quantized already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dfrot_lab import assets, checkpoints, files, models, rotations
+from dfrot_lab.rotations import Rotations
+
+__all__ = [
+    "LEFT_OUT",
+    "ExportError",
+    "Recipe",
+    "Source",
+    "fingerprint",
+    "opened",
+    "recipe",
+    "record",
+    "short",
+]
+
+NUMBERS = 64  # of the first and of the last row of a tensor, in its fingerprint
+LEFT_OUT = {
+    "R3": "an online Hadamard on queries and keys, before a quantized KV cache",
+    "R4": "an online Hadamard before down_proj, which no plain linear layer holds",
+}
+
+
+class ExportError(ValueError):
+    """What cannot be exported, or was and is wrong; one line: what, which value, what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An unrotated checkpoint in `folder`, what it is called, and the GGUF it came from, if any.
+
+    revision: the commit on the hub, the SHA-256 of a packaged asset or a GGUF, None for a folder.
+    """
+
+    folder: Path
+    model: str
+    revision: str | None = None
+    gguf: Path | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return json.loads((self.folder / "config.json").read_text())
+
+    @property
+    def merged(self) -> list[str]:
+        """What was merged into it before: [] for a checkpoint as its authors published it."""
+        return self.config.get("dfrot_merged") or []
+
+    @property
+    def fingerprint(self) -> str:
+        """See `fingerprint`."""
+        return fingerprint(self.folder)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """R1 [d, d] and R2 [head_dim, head_dim] to merge, either None, and what is known of them."""
+
+    R1: Tensor | None = None
+    R2: Tensor | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rotations(self) -> Rotations:
+        """For `checkpoints.merge` and `quantized_model.build`: never R4, which no file holds."""
+        return Rotations(R1=self.R1, R2=self.R2)
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of what is to be merged."""
+        return [n for n in ("R1", "R2") if getattr(self, n) is not None]
+
+
+@contextmanager
+def opened(model: str, revision: str | None = None, near: Path | None = None) -> Iterator[Source]:
+    """The safetensors checkpoint of `model` (see `models.load`) as a folder; a copy goes afterwards.
+
+    near: where a copy is made, for models that lie in another form. Raises ExportError for a revision
+    where there is none, a quantized checkpoint or a GGUF that was rotated, ModelError as `models.load`.
+    """
+    path = Path(model)
+    hub = not path.exists() and "/" in model
+    if revision and not hub:
+        raise ExportError(
+            f"revision = {revision!r}: only models on the hub have one, not {model!r}"
+        )
+    if path.is_dir():
+        yield _checked(Source(path, model))
+    elif hub:
+        yield _checked(_from_hub(model, revision))
+    else:
+        gguf = assets.path("smollm2") if model == "demo" else path if path.is_file() else None
+        _refuse_rotated(gguf)
+        with tempfile.TemporaryDirectory(prefix=".partial-source-", dir=near) as name:
+            lm = models.load(model, fold=False)
+            lm.save_pretrained(name)
+            models.load_tokenizer(model).save_pretrained(name)
+            del lm
+            yield _checked(Source(Path(name), model, gguf and files.sha256(gguf), gguf))
+
+
+def _from_hub(model: str, revision: str | None) -> Source:
+    config = models.load_config(model, revision=revision)  # says plainly what is wrong
+    from huggingface_hub import snapshot_download
+
+    commit = getattr(config, "_commit_hash", None) or revision
+    kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    return Source(
+        Path(snapshot_download(model, revision=commit, allow_patterns=kinds)), model, commit
+    )
+
+
+def _checked(source: Source) -> Source:
+    checkpoints.head_dim(source.folder)  # a folder without a config.json is told there
+    if "quantization_config" in source.config:
+        raise ExportError(
+            f"{source.model} is quantized already: export the floating-point checkpoint it was made of"
+        )
+    return source
+
+
+def _refuse_rotated(gguf: Path | None) -> None:
+    """What a GGUF says of its rotation does not survive its dequantization: look before."""
+    if gguf is None:
+        return
+    from gguf import GGUFReader
+
+    done = GGUFReader(gguf).get_field("dfrot.merged")
+    if done is not None and len(done.data):
+        raise ExportError(
+            f"{gguf} holds a rotated model ({', '.join(done.contents())} merged): take the original"
+        )
+
+
+@torch.no_grad()
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 over every tensor's name, shape, and ends of its first and last row, read as fp32.
+
+    It tells models, fine-tunings and revisions apart from a few kilobytes of a checkpoint of any size,
+    however it is cut into shards.
+    """
+    parts = {}
+    for shard in checkpoints.shards(folder):
+        with safe_open(Path(folder) / shard, framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118 (no mapping)
+                part = f.get_slice(name)
+                ends = [part[:1].flatten(), part[-1:].flatten()]
+                if len(part.get_shape()) == 1:
+                    ends = [part[:NUMBERS]]
+                numbers = torch.cat([e[:NUMBERS] for e in ends]).float()
+                parts[name] = f"{name}{part.get_shape()}".encode() + numbers.numpy().tobytes()
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        digest.update(parts[name])
+    return digest.hexdigest()
+
+
+def recipe(rotation: str, source: Source, *, seed: int = 0, r2: bool = True) -> Recipe:
+    """What to merge into `source`: NR, RO, RH or RH2 by name, or a .safetensors file with R1 (and R2).
+
+    r2: also turn the values of every head, by the file's R2 or a random Hadamard of seed 0. Raises
+    RotationError for a file that does not fit, is not for this model or this revision, or names none,
+    and for a checkpoint that was rotated before.
+    """
+    if rotation == "NR":
+        return Recipe()
+    if {"R1", "R2"} & set(source.merged):
+        raise rotations.RotationError(
+            f"{source.model} is rotated already ({', '.join(source.merged)} merged): take the original, "
+            "or export it as it is with rotation NR"
+        )
+    d, size = source.config["hidden_size"], checkpoints.head_dim(source.folder)
+    own, about = None, {}
+    if rotation in rotations.START:
+        r1 = rotations.START[rotation](d, seed)
+        about = {"R1": {"rotation": rotation, "seed": seed}}
+    else:
+        r1, known = rotations.load(rotation, d)
+        _belongs(rotation, known, source)
+        own = _second(rotation, size)
+        about = {"R1": short(known) | {"file_sha256": files.sha256(rotation)}}
+    if r2:
+        about["R2"] = {"rotation": "RH", "seed": 0} if own is None else {"file": "as R1"}
+        own = rotations.random_hadamard(size) if own is None else own
+    return Recipe(R1=r1, R2=own if r2 else None, about=about)
+
+
+def _second(path: str, size: int) -> Tensor | None:
+    with safe_open(path, framework="pt") as f:
+        if "R2" not in f.keys():  # noqa: SIM118
+            return None
+        return rotations.check(f.get_tensor("R2"), size, f"R2 in {path}")
+
+
+def _belongs(path: str, known: dict[str, Any], source: Source) -> None:
+    """A fingerprint decides where the file has one; else the revision and the model's name."""
+    pairs = [("revision", source.revision), ("model", source.model)]
+    if "fingerprint" in known:
+        pairs = [("fingerprint", source.fingerprint)]
+    for name, ours in pairs:
+        if None not in (known.get(name), ours) and known[name] != ours:
+            raise rotations.RotationError(
+                f"{path} was made for {known.get('model')!r}: its {name} is {known[name]}, that of "
+                f"{source.model!r} is {ours}; use a rotation made for this model and revision"
+            )
+    if known.get("model") is None:
+        raise rotations.RotationError(
+            f"{path} names no model, so that nobody can tell whether it belongs to {source.model!r}: make "
+            "it with `dfrot-lab optimize`, `dfrot-lab export rotation` or `dfrot-lab import-rotation`"
+        )
+
+
+def short(known: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of a rotation without its log, of which the last loss stays."""
+    log = known.get("log") or {}
+    loss = {"loss": log["rotated"][-1]} if log.get("rotated") else {}
+    return {k: v for k, v in known.items() if k != "log"} | loss
+
+
+def record(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """What an export says of itself: the model, what was merged, where that came from, what is missing."""
+    if source.merged and not recipe.parts and "dfrot_export" in source.config:
+        return source.config["dfrot_export"]  # exported before, now in another format
+    return {
+        "dfrot_lab": version("dfrot-lab"),
+        "model": source.model,
+        "revision": source.revision,
+        "fingerprint": source.fingerprint,
+        "merged": [*source.merged, *(["gains"] if recipe.parts else []), *recipe.parts],
+        **recipe.about,
+        "left_out": LEFT_OUT if recipe.parts else {},
+    }

@@ -1,0 +1,301 @@
+"""Exports: what other programs load computes the same, and what cannot be right is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from conftest import haar, logits, random_tokens, relative
+from safetensors.torch import load_file
+
+from dfrot_lab import models, rotations
+from dfrot_lab.cli import app
+from dfrot_lab.exports import checks, huggingface, rotation_files, sources
+from dfrot_lab.exports.sources import ExportError
+from dfrot_lab.rotations import RotationError
+
+# what a user of the export runs: a clean process, far from the project, that has no dfrot_lab
+ELSEWHERE = """
+import sys, torch, transformers
+try:
+    import dfrot_lab
+    sys.exit("dfrot_lab can be imported here")
+except ImportError:
+    pass
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokens = torch.load(sys.argv[2])
+with torch.inference_mode():
+    torch.save(model(tokens, use_cache=False).logits, sys.argv[3])
+"""
+
+
+def elsewhere(folder, tokens, tmp_path):
+    """Logits of `folder` from a new process without this package."""
+    away = tmp_path / "away"
+    away.mkdir()
+    torch.save(tokens, away / "tokens.pt")
+    # the editable install is a path hook: with -S it is not set up, site-packages are given by hand
+    packages = [p for p in sys.path if p.endswith("site-packages")]
+    environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(packages), "HOME": str(away)}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", ELSEWHERE, folder, "tokens.pt", "logits.pt"],
+        cwd=away, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return torch.load(away / "logits.pt")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A tiny checkpoint in a folder, as from the hub."""
+
+    def save(kind="llama", name="source", **options):
+        folder = tmp_path / name
+        models.tiny(kind, **options).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def opened(folder):
+    return sources.opened(str(folder))
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
+
+
+def test_a_folder_computes_the_same_in_a_process_without_this_package(saved, tmp_path):
+    source = saved()
+    done = invoke("export", "hf", "--model", source, "--rotation", "RH", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "gains, R1, R2 merged" in done.output
+    tokens = random_tokens()
+    found = elsewhere(tmp_path / "out", tokens, tmp_path)
+    original = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert relative(found, logits(original, tokens)) < 1e-5
+    # and it is another model than the original: the rotation is there
+    mine = load_file(tmp_path / "out" / "model.safetensors")
+    r = rotations.random_hadamard(64).float()
+    wanted = original.model.embed_tokens.weight @ r
+    torch.testing.assert_close(mine["model.embed_tokens.weight"], wanted, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    about = config["dfrot_export"]
+    assert config["dfrot_merged"] == about["merged"] == ["gains", "R1", "R2"]
+    assert config["tie_word_embeddings"] is False
+    assert about["R1"] == {"rotation": "RH", "seed": 0}
+    assert about["fingerprint"] == sources.fingerprint(source)
+    assert set(about["left_out"]) == {"R3", "R4"}
+    assert 0 < about["verified"]["logits"] < 1e-5
+
+
+def test_a_wrong_export_is_not_left(saved, tmp_path, monkeypatch):
+    merge = huggingface.checkpoints.merge
+
+    def wrong(source, target, rotation):
+        merge(source, target, rotation)
+        file = target / "model.safetensors"
+        found = load_file(file)
+        found["model.layers.1.mlp.down_proj.weight"][3] += 0.5
+        from safetensors.torch import save_file
+
+        save_file(found, file, {"format": "pt"})
+        return target
+
+    monkeypatch.setattr(huggingface.checkpoints, "merge", wrong)
+    with opened(saved()) as s, pytest.raises(ExportError, match="computes something else"):
+        huggingface.write(s, tmp_path / "out", sources.recipe("RO", s))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_half_precision_is_compared_by_its_own_rounding(tmp_path):
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        models.tiny("qwen2").to(dtype).save_pretrained(tmp_path / name)
+        with opened(tmp_path / name) as s:
+            about = huggingface.write(s, tmp_path / f"out-{name}", sources.recipe("RH", s))
+        assert huggingface.stored_dtype(tmp_path / f"out-{name}") == name
+        assert 1e-5 < about["verified"]["logits"] < checks.TOLERANCE[name]
+
+
+def test_without_a_rotation_the_files_are_the_source(saved, tmp_path):
+    source = saved()
+    with opened(source) as s:
+        about = huggingface.write(s, tmp_path / "out", sources.recipe("NR", s))
+    assert about["merged"] == [] and about["verified"]["logits"] == 0
+    same = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert same == (source / "model.safetensors").read_bytes()
+
+
+# --- never twice, never another's -----------------------------------------------------------------
+
+
+def test_a_rotated_checkpoint_is_not_rotated_again(saved, tmp_path):
+    with opened(saved()) as s:
+        huggingface.write(s, tmp_path / "once", sources.recipe("RH", s))
+        first = sources.record(s, sources.recipe("RH", s))
+    with opened(tmp_path / "once") as s:
+        with pytest.raises(RotationError, match="is rotated already"):
+            sources.recipe("RH", s)
+        about = huggingface.write(s, tmp_path / "again", sources.recipe("NR", s))
+    assert {k: about[k] for k in first} == first  # what was merged is not forgotten
+    done = invoke(
+        "export", "hf", "--model", tmp_path / "once", "--rotation", "RO", "--out", tmp_path / "x"
+    )
+    assert done.exit_code == 1 and "is rotated already" in done.output
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_quantized_checkpoint_is_refused(saved, tmp_path):
+    source = saved()
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="quantized already"), opened(source):
+        pass
+
+
+def test_another_models_rotation_is_refused(saved, tmp_path):
+    mine, other = saved(), saved(name="other", seed=1)
+    file = tmp_path / "R1.safetensors"
+    with opened(mine) as s:
+        about = {"model": s.model, "fingerprint": s.fingerprint}
+        rotation_files.write(file, haar(64), None, about)
+        assert sources.recipe(str(file), s).about["R1"]["fingerprint"] == s.fingerprint
+    with opened(other) as s, pytest.raises(RotationError, match="its fingerprint is"):
+        sources.recipe(str(file), s)
+
+
+def test_another_revision_is_refused(saved, tmp_path):
+    source = saved()
+    made = {"model": "owner/name", "revision": "1111"}
+    rotations.save(tmp_path / "R1.safetensors", haar(64), made)
+    at = sources.Source(source, "owner/name", "2222")
+    with pytest.raises(RotationError, match="its revision is 1111, that of 'owner/name' is 2222"):
+        sources.recipe(str(tmp_path / "R1.safetensors"), at)
+    right = sources.Source(source, "owner/name", "1111")
+    assert sources.recipe(str(tmp_path / "R1.safetensors"), right).parts == ["R1", "R2"]
+    named = sources.Source(source, "owner/other", "1111")
+    with pytest.raises(RotationError, match="its model is owner/name"):
+        sources.recipe(str(tmp_path / "R1.safetensors"), named)
+
+
+def test_a_rotation_that_names_no_model_is_refused(saved, tmp_path):
+    rotations.save(tmp_path / "R1.safetensors", haar(64), {})
+    with opened(saved()) as s, pytest.raises(RotationError, match="names no model"):
+        sources.recipe(str(tmp_path / "R1.safetensors"), s)
+
+
+def test_a_revision_of_a_folder_is_refused(saved):
+    done = invoke("export", "hf", "--model", saved(), "--revision", "main", "--rotation", "RH",
+                  "--out", "nowhere")  # fmt: skip
+    assert done.exit_code == 1 and "only models on the hub have one" in done.output
+
+
+def test_a_fingerprint_sees_content_not_shards(saved, tmp_path):
+    source = saved()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path / "cut", max_shard_size="60KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    assert sources.fingerprint(tmp_path / "cut") == sources.fingerprint(source)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+    model.save_pretrained(tmp_path / "tuned")
+    assert sources.fingerprint(tmp_path / "tuned") != sources.fingerprint(source)
+
+
+# --- rotations alone ------------------------------------------------------------------------------
+
+
+def test_a_rotation_leaves_with_its_story_and_merges_where_it_belongs(tmp_path):
+    out = tmp_path / "R1.safetensors"
+    done = invoke("export", "rotation", "--profile", "smoke", "--folder", tmp_path / "results",
+                  "--start", "RO", "--gamma", "10", "--seed", 3, "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    r, about = rotations.load(out, 64)
+    assert (about["model"], about["gamma"], about["start"], about["seed"]) == (
+        "tiny:llama", "10.0", "RO", 3,
+    )  # fmt: skip
+    assert len(about["calibration_tokens"]) == 64 and len(about["fingerprint"]) == 64
+    assert 0 < about["loss"] < 1 and "log" not in about
+    assert torch.equal(load_file(out)["R2"], rotations.random_hadamard(16))
+    merged = invoke(
+        "export", "hf", "--model", "tiny:llama", "--rotation", out, "--out", tmp_path / "hf"
+    )
+    assert merged.exit_code == 0, merged.output
+    known = json.loads((tmp_path / "hf" / "config.json").read_text())["dfrot_export"]["R1"]
+    assert known["loss"] == about["loss"] and known["seed"] == 3
+    refused = invoke(
+        "export", "hf", "--model", "tiny:qwen2", "--rotation", out, "--out", tmp_path / "no"
+    )
+    assert refused.exit_code == 1 and "use a rotation made for this model" in refused.output
+    again = invoke("export", "rotation", "--profile", "smoke", "--out", out)
+    assert again.exit_code == 1 and "exists" in again.output
+    assert torch.equal(rotations.load(out)[0], r)
+
+
+def test_an_imported_rotation_is_made_orthogonal_and_says_by_how_much(tmp_path):
+    exact = haar(64, 5)
+    np.save(tmp_path / "R1.npy", exact.float().numpy())
+    done = invoke("import-rotation", tmp_path / "R1.npy", "--model", "tiny:llama",
+                  "--out", tmp_path / "R1.safetensors")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "before" in done.output and "moved by" in done.output
+    r, about = rotations.load(tmp_path / "R1.safetensors", 64)
+    found = about["imported"]
+    rounded = exact.float().double()
+    assert found["before"] == pytest.approx(rotations.orthogonality_error(rounded))
+    assert 1e-9 < found["before"] < 1e-6 and found["after"] < 1e-13
+    assert found["moved"] == pytest.approx(torch.linalg.norm(r - rounded).item())
+    assert (r - exact).abs().max() < 1e-7
+    with sources.opened("tiny:llama") as s:
+        assert sources.recipe(str(tmp_path / "R1.safetensors"), s).parts == ["R1", "R2"]
+
+
+def test_a_transposed_file_is_turned_back(tmp_path):
+    np.save(tmp_path / "R1.npy", haar(16).mT.float().numpy())
+    r, _ = rotation_files.read_npy(tmp_path / "R1.npy", 16, transpose=True)
+    assert (r - haar(16)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (haar(64).numpy() * 1.02, "a singular value is 0.02 from 1"),
+        (np.zeros((64, 64)), "a singular value is 1 from 1"),
+        (haar(32).numpy(), r"is \[32, 32\] but the model needs \[64, 64\]"),
+        (np.full((64, 64), np.nan), "NaN or Inf"),
+        (np.eye(64, dtype=int), "no array of real numbers"),
+        (b"not numpy", "cannot be read as .npy"),
+    ],
+)
+def test_what_is_no_rotation_is_not_imported(tmp_path, array, said):
+    if isinstance(array, bytes):
+        (tmp_path / "R1.npy").write_bytes(array)
+    else:
+        np.save(tmp_path / "R1.npy", array)
+    with pytest.raises(RotationError, match=said):
+        rotation_files.read_npy(tmp_path / "R1.npy", 64)
+
+
+def test_no_pickle_is_opened(tmp_path):
+    np.save(tmp_path / "R1.npy", np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(RotationError, match=r"cannot be read as \.npy"):
+        rotation_files.read_npy(tmp_path / "R1.npy", 64)
+
+
+def test_export_names_its_formats():
+    done = invoke("export", "--help")
+    assert done.exit_code == 0
+    for verb in ("hf", "gguf", "compressed", "rotation"):
+        assert verb in done.output

@@ -1,0 +1,312 @@
+"""GGUF: tensors, words and vocabulary of the written file; llama.cpp itself in the slow tests."""
+
+from __future__ import annotations
+
+import json
+
+import gguf as format
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import logits, random_tokens, relative
+from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
+from tokenizers import models as kinds
+
+from benchmarks import llama_formats
+from dfrot_lab import corpora, evaluation, models, rotations
+from dfrot_lab.cli import app
+from dfrot_lab.exports import gguf, sources, vocabularies
+from dfrot_lab.exports.sources import ExportError
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(kind="llama", name="source", **options):
+        folder = tmp_path / name
+        models.tiny(kind, **options).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def written(saved, tmp_path):
+    """A tiny model of a kind, and its GGUF."""
+
+    def write(kind="llama", rotation="RH", dtype="F32", **options):
+        folder, path = saved(kind, **options), tmp_path / "model.gguf"
+        with sources.opened(str(folder)) as s:
+            recipe = sources.recipe(rotation, s)
+            about = gguf.write(s, path, recipe, dtype=dtype, vocabulary=False)
+        return folder, format.GGUFReader(path), about
+
+    return write
+
+
+def value(reader, name):
+    return reader.get_field(name).contents()
+
+
+def tensors(reader):
+    return {t.name: np.array(t.data) for t in reader.tensors}
+
+
+@pytest.mark.parametrize("kind", models.ARCHITECTURES)
+def test_the_tensors_are_the_merged_ones(written, tmp_path, kind):
+    folder, reader, about = written(kind, tied=True)
+    model = models.fold_gains(models.load(str(folder)))
+    both = rotations.Rotations(R1=rotations.random_hadamard(64), R2=rotations.random_hadamard(16))
+    weights = {k: v.numpy() for k, v in rotations.merge(model, both).state_dict().items()}
+    found = tensors(reader)
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(
+        found["token_embd.weight"], weights["model.embed_tokens.weight"], **near
+    )
+    np.testing.assert_allclose(found["output.weight"], weights["lm_head.weight"], **near)
+    down = weights["model.layers.1.mlp.down_proj.weight"]
+    np.testing.assert_allclose(found["blk.1.ffn_down.weight"], down, **near)
+    q = weights["model.layers.0.self_attn.q_proj.weight"]
+    if kind in ("llama", "mistral"):  # pairs (i, i + 8) of every head side by side
+        order = [16 * h + i + 8 * half for h in range(4) for i in range(8) for half in (0, 1)]
+        q = q[order]
+    np.testing.assert_allclose(found["blk.0.attn_q.weight"], q, **near)
+    assert (found["output_norm.weight"] == 1).all()
+    assert value(reader, "dfrot.merged") == ["gains", "R1", "R2"] == about["merged"]
+    assert json.loads(value(reader, "dfrot.record")) == about
+    arch = "llama" if kind == "mistral" else kind
+    assert value(reader, "general.architecture") == arch
+    assert value(reader, f"{arch}.attention.head_count_kv") == 2
+    assert value(reader, f"{arch}.attention.key_length") == 16
+
+
+def test_an_unrotated_tied_model_keeps_its_gains_and_one_table(written, saved):
+    _, reader, about = written(rotation="NR")
+    found = tensors(reader)
+    assert "output.weight" not in found and about["merged"] == []
+    assert reader.get_field("dfrot.merged") is None
+    gain = models.tiny("llama").model.layers[0].input_layernorm.weight.detach().numpy()
+    np.testing.assert_array_equal(found["blk.0.attn_norm.weight"], gain)
+
+
+def test_half_precision_keeps_gains_and_biases_in_full(written):
+    _, reader, _ = written("qwen2", dtype="F16")
+    types = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert types["blk.0.attn_q.weight"] == "F16"
+    assert types["blk.0.attn_q.bias"] == types["output_norm.weight"] == "F32"
+    assert value(reader, "general.file_type") == format.LlamaFileType.MOSTLY_F16
+
+
+def test_llama3_frequencies_are_those_of_transformers(written):
+    folder, reader, _ = written(rope_parameters=LLAMA3)
+    model = models.load(str(folder))
+    plain = 10000.0 ** (-np.arange(0, 16, 2) / 16)
+    wanted = plain / model.model.rotary_emb.inv_freq.numpy()
+    assert wanted.max() > 7  # the scaling is there
+    np.testing.assert_allclose(tensors(reader)["rope_freqs.weight"], wanted, rtol=1e-5)
+
+
+def test_a_wrong_order_of_channels_is_not_left(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "reorder", lambda w, heads: w)
+    with sources.opened(str(saved())) as s, pytest.raises(ExportError, match="something else"):
+        gguf.write(s, tmp_path / "a.gguf", sources.recipe("RH", s), vocabulary=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_reorder_puts_halves_of_a_head_side_by_side():
+    w = torch.arange(12)  # two heads of 6
+    assert gguf.reorder(w, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_a_rotated_gguf_is_not_rotated_again(written, tmp_path):
+    written()
+    done = CliRunner().invoke(
+        app,
+        [
+            "export",
+            "hf",
+            "--model",
+            str(tmp_path / "model.gguf"),
+            "--rotation",
+            "RH",
+            "--out",
+            str(tmp_path / "again"),
+        ],
+    )
+    assert done.exit_code == 1 and "holds a rotated model (gains, R1, R2 merged)" in done.output
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"attention_bias": True}, "attention_bias = True"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "'linear'",
+        ),
+    ],
+)
+def test_what_gguf_cannot_say_is_refused(saved, tmp_path, options, said):
+    with sources.opened(str(saved(**options))) as s, pytest.raises(ExportError, match=said):
+        gguf.write(s, tmp_path / "a.gguf", sources.recipe("RH", s), vocabulary=False)
+    assert not list(tmp_path.glob("*gguf*"))
+
+
+def test_a_window_bounds_the_context(written):
+    _, reader, _ = written("mistral", sliding_window=128)
+    assert value(reader, "llama.context_length") == 128
+
+
+# --- vocabulary -----------------------------------------------------------------------------------
+
+QWEN = next(text for text, name in vocabularies.PRE.items() if name == "qwen2")
+
+
+def byte_pairs(folder, cut=None):
+    """A byte-level BPE tokenizer of fewer than 384 tokens, saved in `folder`."""
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(kinds.BPE())
+    split = pre_tokenizers.Split(__import__("tokenizers").Regex(cut or QWEN), "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    raw.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    raw.train_from_iterator(
+        ["the rotation of the stream and the rotation of the heads"] * 3, trainer
+    )
+    raw.add_tokens(["<tool>"])
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>").save_pretrained(folder)
+    return raw
+
+
+def test_byte_pairs_are_read_from_tokenizer_json(saved, tmp_path):
+    folder = saved()
+    raw = byte_pairs(folder)
+    with sources.opened(str(folder)) as s:
+        gguf.write(s, tmp_path / "model.gguf", sources.recipe("RH", s))
+    reader = format.GGUFReader(tmp_path / "model.gguf")
+    tokens = value(reader, "tokenizer.ggml.tokens")
+    types = value(reader, "tokenizer.ggml.token_type")
+    assert len(tokens) == len(types) == 384
+    size = raw.get_vocab_size()
+    assert tokens[:size] == [raw.id_to_token(i) for i in range(size)]
+    kind = format.TokenType
+    assert types[0] == kind.CONTROL and types[size - 1] == kind.USER_DEFINED
+    assert types[1] == kind.NORMAL and set(types[size:]) == {kind.UNUSED}
+    assert value(reader, "tokenizer.ggml.pre") == "qwen2"
+    assert value(reader, "tokenizer.ggml.bos_token_id") == 0
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    joined = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    assert value(reader, "tokenizer.ggml.merges") == joined
+
+
+def test_an_unknown_pre_tokenizer_asks_for_its_name(saved, tmp_path):
+    folder = saved()
+    byte_pairs(folder, cut="a+|b")
+    with sources.opened(str(folder)) as s:
+        recipe = sources.recipe("RH", s)
+        with pytest.raises(ExportError, match="give --pre"):
+            gguf.write(s, tmp_path / "a.gguf", recipe)
+        gguf.write(s, tmp_path / "a.gguf", recipe, pre="gpt-2")
+    assert value(format.GGUFReader(tmp_path / "a.gguf"), "tokenizer.ggml.pre") == "gpt-2"
+
+
+def test_no_tokenizer_is_told(saved, tmp_path):
+    with sources.opened(str(saved())) as s, pytest.raises(ExportError, match=r"no tokenizer\.json"):
+        gguf.write(s, tmp_path / "a.gguf", sources.recipe("RH", s))
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        ({"type": "ByteLevel", "use_regex": True}, "gpt-2"),
+        (
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Digits", "individual_digits": True},
+                    {"type": "ByteLevel", "use_regex": True},
+                ],
+            },
+            "smollm",
+        ),
+    ],
+)
+def test_pre_tokenizers_by_name(about, name):
+    assert vocabularies.pre_tokenizer(about) == name
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_the_demo_vocabulary_is_read_as_its_own_gguf_has_it(tmp_path):
+    with sources.opened("demo", near=tmp_path) as s:
+        wanted = format.GGUFReader(s.gguf)
+        without = sources.Source(s.folder, s.model)
+        writer = format.GGUFWriter(tmp_path / "words.gguf", "llama")
+        vocabularies.add(writer, without, s.config["vocab_size"])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+    found = format.GGUFReader(tmp_path / "words.gguf")
+    for part in ("model", "pre", "tokens", "merges", "bos_token_id", "eos_token_id"):
+        name = f"tokenizer.ggml.{part}"
+        assert value(found, name) == value(wanted, name), name
+
+
+# --- llama.cpp ------------------------------------------------------------------------------------
+
+
+def test_permuting_changes_no_function_but_every_block(saved, tmp_path):
+    folder = saved()
+    with sources.opened(str(folder)) as s:
+        other = llama_formats.permuted(s, tmp_path / "permuted")
+    tokens = random_tokens()
+    original, turned = models.load(str(folder)), models.load(str(other))
+    assert relative(logits(turned, tokens), logits(original, tokens)) < 1e-5
+    a, b = (m.model.layers[0].mlp.down_proj.weight for m in (original, turned))
+    assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
+    first, second = (w[:, :32].amax(-1).sort().values for w in (a, b))  # of every row's first block
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_the_table_has_a_row_a_rotation():
+    table = {"ppl": {"RH": {"F32": 20.0, "Q4_0": 25.126}}, "bytes": {"Q4_0": 1, "F32": 8}}
+    lines = llama_formats.markdown(table).splitlines()
+    assert lines[0] == "| | F32 | Q4_0 |" and lines[2] == "| RH | 20.00 | 25.13 |"
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_llama_cpp_computes_the_perplexity_of_transformers(tmp_path):
+    pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: pip install -e '.[llama]'"
+    )
+    tokenizer = models.load_tokenizer("demo")
+    tokens = corpora.load("demo", "evaluation", tokenizer, windows=1, seqlen=256)
+    wanted = evaluation.perplexity(models.load("demo"), tokens).value
+    llama_formats.silence()
+    with sources.opened("demo", near=tmp_path) as s:
+        gguf.write(s, tmp_path / "RH.gguf", sources.recipe("RH", s))
+    found = llama_formats.perplexity(tmp_path / "RH.gguf", tokens).value
+    assert abs(found / wanted - 1) < 0.005
+    small = llama_formats.quantize(tmp_path / "RH.gguf", tmp_path / "small.gguf", "Q8_0")
+    assert small.stat().st_size < 0.3 * (tmp_path / "RH.gguf").stat().st_size
+    assert abs(llama_formats.perplexity(small, tokens).value / wanted - 1) < 0.02
+    # and llama.cpp cuts a text as the model's tokenizer does
+    from llama_cpp import Llama
+
+    text = "In 1879, Peirce’s lectures (at Johns Hopkins) drew 25–30 students.\n\nNaïve?  Ja!"
+    lm = Llama(str(tmp_path / "RH.gguf"), vocab_only=True, verbose=False)
+    assert lm.tokenize(text.encode(), add_bos=False) == tokenizer(text)["input_ids"]
