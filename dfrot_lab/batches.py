@@ -55,6 +55,8 @@ def run(
     sources.check_profile(profile, root / "notebooks")
     where = _executor(executor, root)
     grid = experiments.find(experiment, profile, root) if experiment else None
+    if grid:
+        experiments.check(grid)
     folder = root / "results" / Path(profile).stem
     folder.mkdir(parents=True, exist_ok=True)
     limits = ["--cores", cores, "--resources", f"mem_mb={memory}", f"gpu={gpus}", "hessians=1"]
@@ -131,13 +133,14 @@ def _supervised(command: list[str], root: Path, environment: dict[str, str], loc
     It stays in this process group, so that a signal to the group reaches everything.
     """
     child = subprocess.Popen(
-        command, cwd=root, env=environment, pass_fds=[lock.fileno()], preexec_fn=_die_with_parent
-    )
+        command, cwd=root, env=environment, pass_fds=[lock.fileno()],
+        preexec_fn=_die_with_parent,  # noqa: PLW1509  (no threads here)
+    )  # fmt: skip
     previous = {s: signal.signal(s, signal.default_int_handler) for s in _STOPPING}
     try:
         return child.wait()
     except KeyboardInterrupt:
-        _terminate(child.pid)
+        _stop(child.pid)
         child.wait()
         return 130
     finally:
@@ -146,17 +149,24 @@ def _supervised(command: list[str], root: Path, environment: dict[str, str], loc
 
 
 def _die_with_parent() -> None:
-    """Linux: this process is killed when its parent is. Elsewhere the lock is held until it is through."""
+    """Linux: this process is killed when its parent is. Elsewhere it holds the lock until it is through."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _terminate(pid: int) -> None:
-    """SIGTERM to a process and all below it, kernels in sessions of their own among them."""
+def _stop(pid: int) -> None:
+    """SIGTERM to a process and all below it, kernels in sessions of their own too, and later SIGKILL.
+
+    Snakemake waits for jobs after a SIGTERM, and at times for ever; nothing here minds being killed.
+    """
     import psutil
 
     with suppress(psutil.NoSuchProcess):
         top = psutil.Process(pid)
-        for process in [top, *top.children(recursive=True)]:
+        every = [*top.children(recursive=True), top]
+        for process in every:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
+        for process in psutil.wait_procs(every, timeout=_GRACE)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()

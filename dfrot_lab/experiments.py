@@ -23,7 +23,16 @@ from dfrot_lab import files, notebooks, profiles
 __all__ = ["Experiment", "ExperimentError", "check", "find", "prepare", "summarize"]
 
 # parameters that the names of shared files do not tell apart
-SHARED = ("model", "corpus", "seqlen", "calibration", "calibration_seed", "iterations", "rows", "solver")
+SHARED = (
+    "model",
+    "corpus",
+    "seqlen",
+    "calibration",
+    "calibration_seed",
+    "iterations",
+    "rows",
+    "solver",
+)
 SHARED += ("weight_windows", "dtype", "device", "threads")
 _FOLDERS = ("artefacts", "measurements", "samples", "corpora", "calibration", ".locks")
 
@@ -120,7 +129,9 @@ def find(name: str, profile: str, root: Path) -> Experiment:
     stems = [notebooks.find(f"{n:02d}" if isinstance(n, int) else str(n), root).stem for n in asked]
     taken = {p.stem for p in (root / "notebooks").glob("*.ipynb")} | set(_FOLDERS)
     if not re.fullmatch(r"\w[\w.-]*", name) or name in taken:
-        raise ExperimentError(f"experiment {name!r}: a name of letters, digits, - and _, no notebook's")
+        raise ExperimentError(
+            f"experiment {name!r}: a name of letters, digits, - and _, no notebook's"
+        )
     home = Path("results") / Path(profile).stem
     common = profiles.load(profile)["common"]
     combinations = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
@@ -198,7 +209,11 @@ def prepare(experiment: Experiment) -> None:
             (root / share.folder / name).mkdir(parents=True, exist_ok=True)
     for point in experiment.points:
         own = {
-            n: {k: v for k, v in point.values.items() if k in notebooks.parameters(root / "notebooks" / f"{n}.ipynb")}
+            n: {
+                k: v
+                for k, v in point.values.items()
+                if k in notebooks.parameters(root / "notebooks" / f"{n}.ipynb")
+            }
             for n in experiment.notebooks
         }
         common = {k: v for k, v in point.values.items() if k in content["common"]}
@@ -244,7 +259,16 @@ def summarize(experiment: Experiment) -> str:
             rows.append(about | {"kind": "perplexity"} | told)
     folder = experiment.root / experiment.folder
     files.write_json(folder / "summary.json", {"rows": rows, "missing": missing})
-    columns = ["notebook", *experiment.points[0].values, "kind", "quantity", "value", "sd", "n", "agrees"]
+    columns = [
+        "notebook",
+        *experiment.points[0].values,
+        "kind",
+        "quantity",
+        "value",
+        "sd",
+        "n",
+        "agrees",
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
