@@ -5,11 +5,15 @@ CORES ?= all
 HOME_OF = results/$(basename $(notdir $(PROFILE)))
 BIN := .venv/bin
 
-.PHONY: figures tables kernels theory objectives redraw publish verify gallery test-browser test test-slow lint lock setup clean
+.PHONY: figures batch tables kernels theory objectives redraw publish verify gallery test-browser test test-slow lint lock setup clean
 .DELETE_ON_ERROR:
 
 figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
 	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES)
+
+batch: .venv/.ready  ## every notebook of PROFILE, or the points of EXPERIMENT in experiments.yml
+	$(BIN)/dfrot-lab batch --cores $(CORES) $(if $(filter file,$(origin PROFILE)),,--profile $(PROFILE)) \
+	  $(if $(EXPERIMENT),--experiment $(EXPERIMENT),--all)
 
 tables: .venv/.ready  ## notebooks 05 and 06: the tables of the paper, and what its reviewers asked
 	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES) --only 05 --only 06

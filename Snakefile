@@ -1,28 +1,84 @@
 # Every result and figure of a profile, redone only where something it depends on has changed.
 # Started by `dfrot-lab batch` (make figures); shared artefacts are outputs, so nothing is made twice.
+# `dfrot-lab batch --experiment` runs the points of a grid: same rules, a folder and a profile for each.
+import re
 from pathlib import Path
 
-from dfrot_lab import profiles
+from dfrot_lab import experiments, profiles
 
 PROFILE = config.get("profile", "demo")
 SETTINGS = profiles.load(PROFILE)
 COMMON = SETTINGS["common"]
 HOME = f"results/{Path(PROFILE).stem}"
 
-# the notebooks, with the studies they use and the memory they take with the demo model
+# the notebooks, with the studies they use, and the memory (MiB) and time (minutes, three times what two
+# cores take) with the demo model; `resources:` of a profile says what they take with another
 NOTEBOOKS = {
-    "01_rotation_invariance": (["invariance"], 5000),
-    "02_ro_vs_rh_error": (["token_errors"], 3000),
-    "03_massive_tokens_fp16": (["massive_tokens_fp16", "perplexities"], 3000),
-    "04_dfrot": (["refined_rotation", "perplexities"], 3000),
-    "05_tables": (["paper_tables", "perplexities"], 4000),
-    "06_reviewers_questions": (["questions", "invariance"], 4500),
-    "07_int4_kernels": (["int4_kernels", "int4_model", "int4_speed"], 4500),
-    "08_why_it_works": (["why_it_works", "landscape", "perplexities"], 3000),
-    "09_objectives": (["objectives", "perplexities"], 5500),
+    "01_rotation_invariance": (["invariance"], 5000, 10),
+    "02_ro_vs_rh_error": (["token_errors"], 3000, 10),
+    "03_massive_tokens_fp16": (["massive_tokens_fp16", "perplexities"], 3000, 30),
+    "04_dfrot": (["refined_rotation", "perplexities"], 3000, 45),
+    "05_tables": (["paper_tables", "perplexities"], 4000, 240),
+    "06_reviewers_questions": (["questions", "invariance"], 4500, 60),
+    "07_int4_kernels": (["int4_kernels", "int4_model", "int4_speed"], 4500, 20),
+    "08_why_it_works": (["why_it_works", "landscape", "perplexities"], 3000, 10),
+    "09_objectives": (["objectives", "perplexities"], 5500, 240),
 }
-# what was asked for: the first four (make figures) unless named
-ASKED = config["notebooks"].split() if config.get("notebooks") else list(NOTEBOOKS)[:4]
+REFINED = ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives")
+GPU = {"gpu": 1} if str(COMMON["device"]).startswith("cuda") else {"gpu": 0}
+
+GRID = experiments.find(config["experiment"], PROFILE, Path.cwd()) if config.get("experiment") else None
+# folders with results, and with artefacts: each with the profile that holds its values
+if GRID:
+    TAG = f"-{GRID.name}"
+    RESULTS = {str(p.folder): (str(p.profile), p.share) for p in GRID.points}
+    SHARES = {str(s.folder): str(s.profile) for s in GRID.shares}
+    COLLECTED = {home: PROFILE if home == HOME else file for home, file in SHARES.items()}
+else:
+    TAG = ""
+    RESULTS = {HOME: (PROFILE, None)}
+    COLLECTED = SHARES = {HOME: PROFILE}
+# what was asked for: the experiment's, else the first four (make figures) unless named
+ASKED = config["notebooks"].split() if config.get("notebooks") else GRID.notebooks if GRID else list(NOTEBOOKS)[:4]
+
+
+def home_of(folder):
+    """The folder with the artefacts for the results in `folder`."""
+    share = RESULTS[folder][1]
+    return str(share.folder) if share else folder
+
+
+def one_of(names):
+    return "|".join(map(re.escape, names))
+
+
+def needs(memory, minutes):
+    """mem_mb, runtime and gpu of a job: those of the demo model, unless the profile has its own."""
+    return {"mem_mb": memory, "runtime": minutes} | GPU | SETTINGS["resources"]
+
+
+def windows(notebook):
+    """Calibration windows of the shared Hessians that `notebook` uses; 0 for none."""
+    own = SETTINGS["notebooks"].get(notebook, {})
+    shared = notebook == "09_objectives" or (notebook == "05_tables" and own.get("gptq", "gptq-shared") == "gptq-shared")
+    return own.get("weight_windows", COMMON.get("weight_windows", 32)) if shared else 0
+
+
+# one set of Hessians a folder: made before the notebooks that agree on its windows, and used in turn if not
+HESSIANS = {windows(n) for n in NOTEBOOKS} - {0}
+
+
+wildcard_constraints:
+    home=one_of(SHARES),
+    folder=one_of(RESULTS),
+    notebook=one_of(NOTEBOOKS),
+
+
+# fetching is for the machine with the network, once
+localrules:
+    all,
+    assets,
+
 # what a rule's numbers depend on; plots and the command line are not among it
 KERNELS = ["checks", "hadamard", "reference"]
 CORE = ["activations", "architectures", "artefacts", "assets", "cayley", "corpora", "dfrot", "evaluation", "files", "gptq", "hessians", "kv_cache", "linears"]
@@ -33,71 +89,98 @@ DRAWING = ["dfrot_lab/data/paper.json", "dfrot_lab/data/captions.yml", "dfrot_la
 DRAWING += [str(p) for p in sorted(Path("dfrot_lab/plots").glob("*.py"))]
 
 # a corpus or a model that is a local file
-SOURCES = [COMMON[name] for name in ("corpus", "model") if Path(str(COMMON[name])).is_file()]
+NAMED = [COMMON, *(p.values for p in GRID.points)] if GRID else [COMMON]
+SOURCES = [v[name] for v in NAMED for name in ("corpus", "model") if Path(str(v.get(name, ""))).is_file()]
 
 
 rule all:
     input:
-        expand(f"{HOME}/{{notebook}}/result.json", notebook=ASKED),
+        expand("{folder}/{notebook}/result.json", folder=RESULTS, notebook=ASKED),
 
 
 rule assets:
     input:
-        str(profiles.path(PROFILE)),
+        lambda w: str(profiles.path(COLLECTED[w.home])),
         "dfrot_lab/assets.py",
     output:
-        f"{HOME}/artefacts/assets.json",
+        "{home}/artefacts/assets.json",
+    params:
+        profile=lambda w: COLLECTED[w.home],
     shell:
-        "dfrot-lab assets --profile {PROFILE:q} --out {output:q}"
+        "dfrot-lab assets --profile {params.profile:q} --out {output:q}"
 
 
 rule activations:
     input:
-        f"{HOME}/artefacts/assets.json",
-        str(profiles.path(PROFILE)),
+        "{home}/artefacts/assets.json",
+        lambda w: str(profiles.path(COLLECTED[w.home])),
         CODE,
         SOURCES,
     output:
-        f"{HOME}/artefacts/activations.safetensors",
+        "{home}/artefacts/activations.safetensors",
+    params:
+        profile=lambda w: COLLECTED[w.home],
     threads: COMMON["threads"]
     resources:
-        mem_mb=2500,
+        **needs(2500, 15),
     shell:
-        "dfrot-lab collect --profile {PROFILE:q}"
+        "dfrot-lab collect --profile {params.profile:q} --folder {wildcards.home:q}"
 
 
 rule rotations:  # one job: each takes seconds here, and on a GPU less than starting Python
     input:
-        f"{HOME}/artefacts/activations.safetensors",
+        "{home}/artefacts/activations.safetensors",
+        lambda w: str(profiles.path(SHARES[w.home])),
     output:
-        f"{HOME}/artefacts/rotations.json",  # the list; the files stay when the job is cut short
+        f"{{home}}/artefacts/rotations{TAG}.json",  # the list; the files stay when the job is cut short
+    params:
+        profile=lambda w: SHARES[w.home],
     threads: COMMON["threads"]
     resources:
-        mem_mb=1500,
+        **needs(1500, 30),
     priority: 10
     shell:
-        "dfrot-lab optimize --profile {PROFILE:q} --all --out {output:q}"
+        "dfrot-lab optimize --profile {params.profile:q} --folder {wildcards.home:q} --all --out {output:q}"
+
+
+rule hessians:
+    input:
+        "{home}/artefacts/activations.safetensors",
+    output:
+        "{home}/artefacts/hessians/hessians.json",  # written last, when all layers are there
+    params:
+        profile=lambda w: COLLECTED[w.home],
+        windows=max(HESSIANS, default=0),
+    threads: COMMON["threads"]
+    resources:
+        **needs(3000, 60),
+    shell:
+        "dfrot-lab collect --hessians {params.windows} --profile {params.profile:q} --folder {wildcards.home:q}"
 
 
 rule notebook:
     input:
-        f"{HOME}/artefacts/activations.safetensors",
-        lambda w: rules.rotations.output if w.notebook in ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives") else [],
+        lambda w: f"{home_of(w.folder)}/artefacts/activations.safetensors",
+        lambda w: f"{home_of(w.folder)}/artefacts/rotations{TAG}.json" if w.notebook in REFINED else [],
+        lambda w: f"{home_of(w.folder)}/artefacts/hessians/hessians.json" if windows(w.notebook) and len(HESSIANS) == 1 else [],
         lambda w: [f"dfrot_lab/studies/{m}.py" for m in NOTEBOOKS[w.notebook][0]],
         SOURCES,
-        str(profiles.path(PROFILE)),
+        lambda w: str(profiles.path(RESULTS[w.folder][0])),
         CODE,
         DRAWING,
         notebook="notebooks/{notebook}.ipynb",
     output:
-        f"{HOME}/{{notebook}}/result.json",
-        directory(f"{HOME}/{{notebook}}/figures"),
+        "{folder}/{notebook}/result.json",
+        directory("{folder}/{notebook}/figures"),
+    params:
+        profile=lambda w: RESULTS[w.folder][0],
     log:
-        f"{HOME}/{{notebook}}/notebook.ipynb",  # a log: Snakemake keeps it when the notebook fails
-    wildcard_constraints:
-        notebook="|".join(NOTEBOOKS),
+        "{folder}/{notebook}/notebook.ipynb",  # a log: Snakemake keeps it when the notebook fails
     threads: COMMON["threads"]
     resources:
-        mem_mb=lambda w: NOTEBOOKS[w.notebook][1],
+        mem_mb=lambda w: needs(NOTEBOOKS[w.notebook][1], 0)["mem_mb"],
+        runtime=lambda w: needs(0, NOTEBOOKS[w.notebook][2])["runtime"],
+        gpu=needs(0, 0)["gpu"],
+        hessians=lambda w: int(windows(w.notebook) > 0 and len(HESSIANS) > 1),
     shell:
-        "dfrot-lab run {wildcards.notebook} --profile {PROFILE:q} --folder {HOME:q} --out {log:q}"
+        "dfrot-lab run {wildcards.notebook} --profile {params.profile:q} --folder {wildcards.folder:q} --out {log:q}"

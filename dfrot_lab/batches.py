@@ -2,50 +2,74 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from filecmp import cmp
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
+from dfrot_lab import experiments, manifests
 from dfrot_lab import notebooks as sources
 
 __all__ = ["BatchError", "run"]
 
-
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 _CODE = (".py", ".yml", ".json", ".mplstyle")
+_GRACE = 5.0  # seconds in which the processes of a killed batch are gone
 
 
 class BatchError(RuntimeError):
     """A batch that cannot start; one line: what, where, what to do."""
 
 
-def run(profile: str, root: Path, cores: str, memory: int, notebooks: Sequence[str] = ()) -> int:
+def run(
+    profile: str,
+    root: Path,
+    cores: str,
+    memory: int,
+    notebooks: Sequence[str] = (),
+    *,
+    gpus: int = 1,
+    experiment: str | None = None,
+    executor: str = "local",
+    check: bool = False,
+) -> int:
     """Run the Snakefile in `root` for `profile`; returns Snakemake's exit status.
 
-    notebooks: by their full names; none for the first four.
+    notebooks: by their full names; none for the first four, or for all of the experiment's. cores,
+    memory (MiB) and gpus limit what all local jobs together use. experiment: a name in
+    experiments.yml, whose points are run instead. executor: a folder in cluster/, or the path of one,
+    with a Snakemake profile (config.yaml). check: hash every kept file first, see `manifests.verify`.
 
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
-    killed run leaves behind, is not used; Snakemake inherits it, so that it holds while one killed
-    alone leaves the other running. An interrupt, a hang-up or a termination is passed to the whole
-    process group. Raises BatchError if another batch holds the folder,
+    killed run leaves behind, is not used. Snakemake inherits it and dies with this process; jobs that
+    outlive both are waited for by the next batch. Raises BatchError if another batch holds the folder,
     or if what is installed is not the code of the checkout.
     """
     if not (root / "Snakefile").is_file():
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
     _check_code(root)
     sources.check_profile(profile, root / "notebooks")
+    where = _executor(executor, root)
+    grid = experiments.find(experiment, profile, root) if experiment else None
+    if grid:
+        experiments.check(grid)
     folder = root / "results" / Path(profile).stem
     folder.mkdir(parents=True, exist_ok=True)
+    limits = ["--cores", cores, "--resources", f"mem_mb={memory}", f"gpu={gpus}", "hessians=1"]
     command = [
-        sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--cores", cores,
-        "--resources", f"mem_mb={memory}",
+        sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--workflow-profile", str(where),
+        *(limits if where.name == "local" else ["--resources", "hessians=1"]),
         "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
+        f"experiment={experiment or ''}",
         "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "rules", "host",
     ]  # fmt: skip
     # jobs call `dfrot-lab`: the one beside this interpreter, whatever is first on the PATH
@@ -55,31 +79,57 @@ def run(profile: str, root: Path, cores: str, memory: int, notebooks: Sequence[s
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
-    with (folder / ".batch.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            group = lock.read().strip() or "PID"
-            raise BatchError(
-                f"another batch is running in {folder}: wait for it, or stop it with `kill -- -{group}`"
-            ) from None
-        child = subprocess.Popen(
-            command, cwd=root, env=environment, start_new_session=True, pass_fds=[lock.fileno()]
+    with _locked(folder) as lock:
+        manifests.wait_for_jobs(folder, _say)
+        for line in manifests.verify(folder, check):
+            _say(line)
+        if grid:
+            experiments.prepare(grid)
+        status = _supervised(command, root, environment, lock)
+        if grid:
+            _say(experiments.summarize(grid))
+    return status
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _executor(name: str, root: Path) -> Path:
+    """The folder with the Snakemake profile of an executor."""
+    own = root / "cluster"
+    found = own / name if (own / name).is_dir() else Path(name).absolute()
+    if not (found / "config.yaml").is_file():
+        known = ", ".join(sorted(p.parent.name for p in own.glob("*/config.yaml")))
+        raise BatchError(
+            f"executor {name!r} is unknown: use {known}, or a folder with a Snakemake config.yaml"
         )
+    return found
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[IO[str]]:
+    """The batch lock of `folder`, in which the process that holds it is named."""
+    with (folder / manifests.BATCH_LOCK).open("a+") as lock:
+        given_up = time.monotonic() + _GRACE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < given_up:
+                    time.sleep(0.1)
+                    continue
+                lock.seek(0)
+                process = lock.read().strip() or "PID"
+                raise BatchError(
+                    f"another batch is running in {folder}: wait for it, or stop it with "
+                    f"`kill {process}`"
+                ) from None
         lock.truncate(0)
-        lock.write(str(child.pid))  # its own group, which outlives this process if that is killed
+        lock.write(str(os.getpid()))
         lock.flush()
-        previous = {s: signal.signal(s, signal.default_int_handler) for s in _STOPPING}
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            os.killpg(child.pid, signal.SIGTERM)
-            child.wait()
-            return 130
-        finally:
-            for s, handler in previous.items():
-                signal.signal(s, handler)
+        yield lock
 
 
 def _check_code(root: Path) -> None:
@@ -100,3 +150,48 @@ def _check_code(root: Path) -> None:
                 f"{file.relative_to(root)} is not what is installed in {installed}: install this checkout "
                 "again, with `pip install .` or `pip install -e .`"
             )
+
+
+def _supervised(command: list[str], root: Path, environment: dict[str, str], lock: IO[str]) -> int:
+    """Exit status of `command`; 130 after an interrupt, a hang-up or a termination, passed to all below.
+
+    It stays in this process group, so that a signal to the group reaches everything.
+    """
+    child = subprocess.Popen(
+        command, cwd=root, env=environment, pass_fds=[lock.fileno()],
+        preexec_fn=_die_with_parent,  # noqa: PLW1509  (no threads here)
+    )  # fmt: skip
+    previous = {s: signal.signal(s, signal.default_int_handler) for s in _STOPPING}
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        _stop(child.pid)
+        child.wait()
+        return 130
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def _die_with_parent() -> None:
+    """Linux: this process is killed when its parent is. Elsewhere it holds the lock until it is through."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _stop(pid: int) -> None:
+    """SIGTERM to a process and all below it, kernels in sessions of their own too, and later SIGKILL.
+
+    Snakemake waits for jobs after a SIGTERM, and at times for ever; nothing here minds being killed.
+    """
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        top = psutil.Process(pid)
+        every = [*top.children(recursive=True), top]
+        for process in every:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(every, timeout=_GRACE)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()

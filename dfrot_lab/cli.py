@@ -6,9 +6,11 @@ likewise).
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 
 import click
@@ -31,7 +33,7 @@ class _Group(click.Group):
         except (click.ClickException, click.exceptions.Exit):
             raise
         except OSError as error:
-            raise click.ClickException(f"{error.strerror or error}: {error.filename}") from error
+            raise click.ClickException(_os_error(error)) from error
         except Exception as error:
             if (
                 type(error).__module__.split(".")[0] != "dfrot_lab"
@@ -39,6 +41,15 @@ class _Group(click.Group):
             ):
                 raise
             raise click.ClickException(str(error)) from error
+
+
+def _os_error(error: OSError) -> str:
+    said = f"{error.strerror or error}: {error.filename}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        from dfrot_lab.notebooks import FREE_SPACE
+
+        said += FREE_SPACE
+    return said
 
 
 @click.group(
@@ -103,14 +114,15 @@ def run(
     out: Path | None,
 ) -> None:
     """Run NOTEBOOK ('03', its name, or a path); parameters are checked before anything starts."""
-    from dfrot_lab import notebooks
+    from dfrot_lab import manifests, notebooks
 
     root = project_root()
     file = notebooks.find(notebook, root)
     folder = folder or _results(profile)
     values = notebooks.resolve(file, profile, {"folder": str(folder)} | dict(parameter))
     path = out or root / values["folder"] / file.stem / "notebook.ipynb"
-    click.echo(notebooks.run(file, values, path, root))
+    with manifests.recording(root / values["folder"]):
+        click.echo(notebooks.run(file, values, path, root))
 
 
 def _results(profile: str) -> Path:
@@ -146,10 +158,24 @@ def _lab(profile: str, folder: Path | None, **given):
 @_profile
 @_model_and_corpus
 @_folder
-def collect(profile: str, model: str | None, corpus: str | None, folder: Path | None) -> None:
+@click.option("--hessians", type=int, help="Instead, Hessians for GPTQ from so many windows.")
+def collect(
+    profile: str,
+    model: str | None,
+    corpus: str | None,
+    folder: Path | None,
+    hessians: int | None,
+) -> None:
     """Collect the calibration activations: the outputs of every in-layer norm."""
-    x = _lab(profile, folder, model=model, corpus=corpus).activations
-    click.echo(f"{len(x.sites)} sites × {x.X.shape[1]} tokens × {x.d} channels")
+    from dfrot_lab import manifests
+
+    lab = _lab(profile, folder, model=model, corpus=corpus, weight_windows=hessians)
+    with manifests.recording(lab.folder):
+        if hessians:
+            click.echo(f"Hessians of {hessians} windows in {lab.hessians.folder}")
+            return
+        x = lab.activations
+        click.echo(f"{len(x.sites)} sites × {x.X.shape[1]} tokens × {x.d} channels")
 
 
 @app.command()
@@ -184,25 +210,27 @@ def optimize(
 ) -> None:  # fmt: skip
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
     _refuse(ctx, every, preset, out)
-    from dfrot_lab import files, rotations
+    from dfrot_lab import files, manifests, rotations
 
     lab = _lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
     if every:
         settings, made = profiles.load(profile), {}
-        for kind in settings["rotations"]["starts"]:
-            for n in settings["common"]["seeds"]:
-                path = lab.rotation_file(f"DFRot({kind})", n, gamma=settings["common"]["gamma"])
+        common, shared = settings["common"], settings["rotations"]
+        wanted = product(shared["starts"], common["seeds"], shared.get("gammas", [common["gamma"]]))
+        with manifests.recording(lab.folder):
+            for kind, n, weight in wanted:
+                path = lab.rotation_file(f"DFRot({kind})", n, gamma=weight)
                 made[path.name] = files.sha256(path)
                 click.echo(path)
-        if out:
-            files.write_json(out, made)
+            if out:
+                files.write_json(out, made)
         return
-    if preset:
-        path = PRESETS[preset].rotation_file(lab, seed, start)
-    else:
-        path = lab.rotation_file(
-            f"DFRot({start})", seed, gamma=gamma, form=form, symmetric=symmetric
-        )
+    options = {"gamma": gamma, "form": form, "symmetric": symmetric}
+    with manifests.recording(lab.folder):
+        if preset:
+            path = PRESETS[preset].rotation_file(lab, seed, start)
+        else:
+            path = lab.rotation_file(f"DFRot({start})", seed, **options)
     if out:
         rotations.save(out, *rotations.load(path))
     click.echo(out or path)
@@ -244,20 +272,43 @@ def merge(model: str, rotation: str, r2: bool, out: Path) -> None:
 
 
 @app.command()
-@_profile
+@click.option("--profile", help="As elsewhere.  [default: the experiment's, else demo]")
 @click.option("--cores", default="all", help="Number of cores, or 'all'.")
-@click.option("--memory", type=int, default=8000, help="MiB that all jobs together may use.")
+@click.option("--memory", type=int, default=8000, help="MiB that all local jobs together may use.")
+@click.option("--gpus", type=int, default=1, help="GPUs that all local jobs together may use.")
 @click.option(
     "--only", multiple=True, help="A notebook, such as 05; repeatable. Default: 01 to 04."
 )
-def batch(profile: str, cores: str, memory: int, only: tuple[str, ...]) -> None:
+@click.option("--all", "every", is_flag=True, help="Every notebook.")
+@click.option("--experiment", help="Instead, the points of this grid in experiments.yml.")
+@click.option(
+    "--executor", default="local", help="local, slurm, kubernetes, or a Snakemake profile's folder."
+)
+@click.option("--check", is_flag=True, help="Hash every kept file first, not only changed ones.")
+def batch(
+    profile: str | None,
+    cores: str,
+    memory: int,
+    gpus: int,
+    only: tuple[str, ...],
+    every: bool,
+    experiment: str | None,
+    executor: str,
+    check: bool,
+) -> None:
     """Regenerate every result and figure of a profile with Snakemake; redoes only what changed."""
-    _check(profile)
-    from dfrot_lab import batches, notebooks
+    from dfrot_lab import batches, experiments, notebooks
 
     root = project_root()
-    names = [notebooks.find(name, root).stem for name in only]
-    raise SystemExit(batches.run(profile, root, cores, memory, names))
+    if experiment and (only or every):
+        raise click.UsageError("--experiment has its own notebooks: leave out --only and --all")
+    if experiment:
+        profile = profile or experiments.default_profile(experiment, root)
+    _check(profile or "demo")
+    stems = [p.stem for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))]
+    names = stems if every else [notebooks.find(name, root).stem for name in only]
+    options = {"gpus": gpus, "experiment": experiment, "executor": executor, "check": check}
+    raise SystemExit(batches.run(profile or "demo", root, cores, memory, names, **options))
 
 
 @app.command()

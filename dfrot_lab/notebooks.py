@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import re
 import sys
@@ -19,6 +20,9 @@ __all__ = ["NotebookError", "find", "parameters", "run", "typed"]
 # errors that say what, which value and what to do; their class adds nothing
 _OURS = {"ActivationsError", "AssetError", "CorpusError", "GPTQError", "KVError", "LabError"}
 _OURS |= {"ModelError", "PlotError", "ResultError", "RotationError"}
+# a full disk or quota, as Python prints it
+_FULL = tuple(f"[Errno {n}]" for n in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)))
+FREE_SPACE = ": free space there, then give the same command again: what is finished is kept"
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
 
@@ -172,7 +176,14 @@ def run(notebook: Path, values: dict[str, Any], output: Path, root: Path) -> Pat
     except PapermillExecutionError as error:
         ours = error.ename in _OURS
         what = (error.evalue if ours else f"{error.ename}: {error.evalue}").splitlines()[0]
+        what += FREE_SPACE if error.evalue.startswith(_FULL) else ""
         raise NotebookError(f"{notebook.stem} failed: {what} (traceback in {growing})") from error
+    except OSError as error:  # papermill's own writing, which is not atomic
+        if error.filename is None:
+            growing.unlink(missing_ok=True)
+            said = f"{os.strerror(error.errno)} while writing" if error.errno else str(error)
+            raise OSError(error.errno, said, str(growing)) from error
+        raise
     done = nbformat.read(growing, 4)
     for cell in done.cells:
         if cell.cell_type == "code":

@@ -25,7 +25,7 @@ def checkout(tmp_path_factory):
     """A copy of what a checkout holds, in a path with a space, so that results/ is ours."""
     copy = tmp_path_factory.mktemp("batch") / "a checkout"
     copy.mkdir()
-    for name in ("dfrot_lab", "kernels", "notebooks"):
+    for name in ("dfrot_lab", "kernels", "notebooks", "cluster"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     shutil.copy(ROOT / "Snakefile", copy)
@@ -87,10 +87,20 @@ def test_a_batch_runs_and_the_next_one_has_nothing_to_do(checkout):
 
 def test_two_batches_at_once_are_refused(tmp_path):
     (tmp_path / "Snakefile").touch()
+    shutil.copytree(ROOT / "cluster", tmp_path / "cluster")
     folder = tmp_path / "results" / "smoke"
     folder.mkdir(parents=True)
     with FileLock(folder / ".batch.lock"), pytest.raises(batches.BatchError, match="another batch"):
         batches.run("smoke", tmp_path, "1", 1000)
+
+
+def test_an_unknown_executor_is_refused(tmp_path):
+    (tmp_path / "Snakefile").touch()
+    shutil.copytree(ROOT / "cluster", tmp_path / "cluster")
+    with pytest.raises(
+        batches.BatchError, match="'slrum' is unknown: use kubernetes, local, slurm"
+    ):
+        batches.run("smoke", tmp_path, "1", 1000, executor="slrum")
 
 
 def test_outside_a_checkout_it_says_so(tmp_path):

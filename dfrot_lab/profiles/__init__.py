@@ -12,7 +12,7 @@ from dfrot_lab.files import project_root
 __all__ = ["ProfileError", "check", "load", "names", "notebook_parameters"]
 
 _HERE = Path(__file__).parent
-_SECTIONS = ("base", "common", "notebooks", "rotations")
+_SECTIONS = ("base", "common", "notebooks", "rotations", "resources")
 
 
 class ProfileError(ValueError):
@@ -35,10 +35,11 @@ def path(profile: str) -> Path:
 
 
 def load(profile: str) -> dict[str, Any]:
-    """The profile as a dict with 'common', 'notebooks' and 'rotations'; a `base` profile fills gaps.
+    """The profile as a dict of its sections; a `base` profile fills gaps.
 
     Single parameters are filled in, of a notebook's section too. A notebook may be named by its number
-    alone ('03'), as for `dfrot-lab run`; here it has its full name.
+    alone ('03'), as for `dfrot-lab run`; here it has its full name. resources: mem_mb (MiB) and runtime
+    (minutes) of a job in a batch, in place of the demo model's.
     """
     try:
         content = yaml.safe_load(path(profile).read_text()) or {}
@@ -53,7 +54,7 @@ def load(profile: str) -> dict[str, Any]:
             f"profile {profile!r} has unknown sections {sorted(unknown)}: use {sorted(_SECTIONS)}"
         )
     found = {section: content.get(section) or {} for section in _SECTIONS}
-    for section in ("common", "notebooks", "rotations"):
+    for section in ("common", "notebooks", "rotations", "resources"):
         if not isinstance(found[section], dict):
             raise ProfileError(
                 f"profile {profile!r}: {section} = {found[section]!r} is not a mapping of names to values"
@@ -65,8 +66,13 @@ def load(profile: str) -> dict[str, Any]:
     if below:
         for name, parameters in below["notebooks"].items():
             found["notebooks"][name] = parameters | found["notebooks"].get(name, {})
-        for section in ("common", "rotations"):
+        for section in ("common", "rotations", "resources"):
             found[section] = below[section] | found[section]
+    amounts = found["resources"]
+    if set(amounts) - {"mem_mb", "runtime"} or not all(type(v) is int for v in amounts.values()):
+        raise ProfileError(
+            f"profile {profile!r}: resources = {amounts!r}: use mem_mb (MiB) and runtime (minutes)"
+        )
     return found
 
 
