@@ -20,6 +20,7 @@ NOTEBOOKS = {
     "07_int4_kernels": (["int4_kernels", "int4_model", "int4_speed"], 4500),
     "08_why_it_works": (["why_it_works", "landscape", "perplexities"], 3000),
     "09_objectives": (["objectives", "perplexities"], 5500),
+    "10_zero_shot": (["zero_shot"], 5000),
 }
 # what was asked for: the first four (make figures) unless named
 ASKED = config["notebooks"].split() if config.get("notebooks") else list(NOTEBOOKS)[:4]
@@ -31,6 +32,9 @@ CORE += ["geodesics", "quantized_model", "quantizers", "results", "rotations", "
 CODE = [f"kernels/dfrot_kernels/{m}.py" for m in KERNELS] + [f"dfrot_lab/{m}.py" for m in CORE]
 DRAWING = ["dfrot_lab/data/paper.json", "dfrot_lab/data/captions.yml", "dfrot_lab/data/style.mplstyle", "dfrot_lab/tables.py"]
 DRAWING += [str(p) for p in sorted(Path("dfrot_lab/plots").glob("*.py"))]
+
+ZERO_SHOT = ["dfrot_lab/zero_shot.py", "dfrot_lab/text_tasks.py", "dfrot_lab/accuracy_tables.py"]
+ZERO_SHOT += [str(p) for p in sorted(Path("dfrot_lab/data/tasks").glob("*.yaml"))]
 
 # a corpus or a model that is a local file
 SOURCES = [COMMON[name] for name in ("corpus", "model") if Path(str(COMMON[name])).is_file()]
@@ -82,12 +86,13 @@ rule rotations:  # one job: each takes seconds here, and on a GPU less than star
 rule notebook:
     input:
         f"{HOME}/artefacts/activations.safetensors",
-        lambda w: rules.rotations.output if w.notebook in ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives") else [],
+        lambda w: rules.rotations.output if w.notebook in ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives", "10_zero_shot") else [],
         lambda w: [f"dfrot_lab/studies/{m}.py" for m in NOTEBOOKS[w.notebook][0]],
         SOURCES,
         str(profiles.path(PROFILE)),
         CODE,
         DRAWING,
+        lambda w: ZERO_SHOT if w.notebook == "10_zero_shot" else [],
         notebook="notebooks/{notebook}.ipynb",
     output:
         f"{HOME}/{{notebook}}/result.json",

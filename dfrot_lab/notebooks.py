@@ -18,7 +18,7 @@ __all__ = ["NotebookError", "find", "parameters", "run", "typed"]
 
 # errors that say what, which value and what to do; their class adds nothing
 _OURS = {"ActivationsError", "AssetError", "CorpusError", "GPTQError", "KVError", "LabError"}
-_OURS |= {"ModelError", "PlotError", "ResultError", "RotationError"}
+_OURS |= {"ModelError", "PlotError", "ResultError", "RotationError", "TaskError"}
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
 
