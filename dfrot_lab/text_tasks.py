@@ -50,7 +50,7 @@ def paragraphs(text: str) -> list[list[str]]:
     """
     out = []
     for block in re.split(r"\n\s*\n", text):
-        lines = [line.strip() for line in block.splitlines() if line.strip()]
+        lines = [" ".join(line.split()) for line in block.splitlines() if line.strip()]
         wrapped = all(len(line) <= WRAPPED for line in lines)
         out += [_sentences(p) for p in ([" ".join(lines)] if wrapped else lines)]
     return out

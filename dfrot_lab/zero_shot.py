@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from dfrot_lab import corpora, files, text_tasks
+from dfrot_lab import corpora, files
 from dfrot_lab import lab as lab_module
 from dfrot_lab.artefacts import parse_rotation
 from dfrot_lab.lab import Lab

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable
@@ -210,7 +211,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
                     published,
                     ", ".join(f"{n} {form(r)}" for n, r in zip(ORDER, rows, strict=True)),
                     "means over seeds in this order",
-                    all(a["mean"] > b["mean"] for a, b in zip(rows, rows[1:], strict=False)),
+                    all(a["mean"] > b["mean"] for a, b in itertools.pairwise(rows)),
                 )
             )
     bits = next(iter(mean))[0]
