@@ -148,7 +148,10 @@ def chosen(task: str, corpus: str, items: int) -> list[dict[str, Any]]:
 
     if items < 2:
         raise TaskError(f"items = {items}: an interval needs 2 or more")
-    every = TASKS[task](corpora.text(corpus, "evaluation"))
+    # a corpus may repeat itself: no context is used twice, and none that calibration has seen
+    seen = " ".join(corpora.text(corpus, "calibration").split())
+    found = {i["context"]: i for i in TASKS[task](corpora.text(corpus, "evaluation"))}
+    every = [i for context, i in found.items() if context not in seen]
     if len(every) < items:
         raise TaskError(
             f"corpus {corpus!r} gives {len(every)} items of task {task!r}, {items} needed: "

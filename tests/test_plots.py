@@ -487,7 +487,14 @@ def _zero_shot(seeds, infinite: bool) -> dict:
     pairs = (("RH", "RO"), ("DFRot(RH)", "RH"), ("FP", "DFRot(RH)"))
     return {
         "tasks": [
-            {"task": t, "metric": "acc", "items": 500, "tokens": 9000, "hash": "0", "version": "1.0"}
+            {
+                "task": t,
+                "metric": "acc",
+                "items": 500,
+                "tokens": 9000,
+                "hash": "0",
+                "version": "1.0",
+            }
             for t in tasks
         ],
         "lm_eval": "0.4.13",
@@ -503,7 +510,14 @@ def _zero_shot(seeds, infinite: bool) -> dict:
         ],
         "table": table,
         "differences": [
-            {"bits": b, "a": x, "b": y, "task": t, "correct": cell(0.01, 0.02), "logp": cell(0.1, 0.05)}
+            {
+                "bits": b,
+                "a": x,
+                "b": y,
+                "task": t,
+                "correct": cell(0.01, 0.02),
+                "logp": cell(0.1, 0.05),
+            }
             for b in ("4-4-16", "4-4-4")
             for x, y in pairs
             for t in every

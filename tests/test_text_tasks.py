@@ -18,9 +18,14 @@ def flat(text: str) -> str:
 
 
 def test_sentences_end_at_full_stops_but_not_at_initials_and_the_like():
-    text = "Dr. A. B. Smith came (at 5 p.m. sharp). He saw no. 3 of it! Was \"it\" 3.5 m? 7 were."
+    text = 'Dr. A. B. Smith came (at 5 p.m. sharp). He saw no. 3 of it! Was "it" 3.5 m? 7 were.'
     assert text_tasks.paragraphs(text) == [
-        ["Dr. A. B. Smith came (at 5 p.m. sharp).", "He saw no. 3 of it!", 'Was "it" 3.5 m?', "7 were."]
+        [
+            "Dr. A. B. Smith came (at 5 p.m. sharp).",
+            "He saw no. 3 of it!",
+            'Was "it" 3.5 m?',
+            "7 were.",
+        ]
     ]
 
 
@@ -63,8 +68,9 @@ def test_items_are_of_the_evaluation_split_and_the_same_every_time(task):
     items = text_tasks.chosen(task, "pydoc", 20)
     assert items == text_tasks.chosen(task, "pydoc", 20)
     every = text_tasks.TASKS[task](TEXT["evaluation"])
-    assert all(i in every for i in items) and len({i["context"] for i in items}) == 20
     seen = flat(TEXT["calibration"])
+    assert [i for i in every if i["context"] in seen]  # pydoc repeats itself: left out below
+    assert all(i in every for i in items) and len({i["context"] for i in items}) == 20
     assert not [i for i in items if i["context"] in seen]
     assert items[-1] in every[len(every) // 2 :]  # spread over the text, not its beginning
 

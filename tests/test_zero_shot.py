@@ -110,7 +110,9 @@ def test_a_file_of_a_rotation_is_measured_as_the_rotation(lab):
 def test_overflow_is_kept_as_not_a_number(lab, monkeypatch):
     found = zero_shot.evaluate(lab.lm, lab.tokenizer, "last_word", corpus="pydoc", items=2)
     monkeypatch.setattr(
-        zero_shot, "evaluate", lambda *_, **__: found | {"logp": [math.nan, -1.0], "correct": [0, 1]}
+        zero_shot,
+        "evaluate",
+        lambda *_, **__: found | {"logp": [math.nan, -1.0], "correct": [0, 1]},
     )
     for _ in range(2):
         row = zero_shot.measure(lab, "RO", task="last_word", items=2)
