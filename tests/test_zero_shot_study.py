@@ -67,7 +67,7 @@ def test_claims_follow_the_numbers():
     result = study.summary(made())
     assert [c.agrees for c in study.claims(result)][:2] == [True, True]
     worse = made()
-    worse[0]["tasks"][0]["correct"] = [0, 0, 0, 0]
+    worse[0]["tasks"][0] |= {"correct": [0, 0, 0, 0], "accuracy": 0.0}
     claims = study.claims(study.summary(worse))
     assert not claims[0].agrees and claims[1].agrees and not claims[-1].agrees
     assert "FP16 69.82, DFRot 66.83, RH 66.03" in claims[0].paper
