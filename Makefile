@@ -5,7 +5,7 @@ CORES ?= all
 HOME_OF = results/$(basename $(notdir $(PROFILE)))
 BIN := .venv/bin
 
-.PHONY: figures batch tables kernels theory objectives redraw publish verify gallery test-browser test test-slow lint lock setup clean
+.PHONY: figures batch tables kernels theory objectives zeroshot redraw publish verify gallery test-browser test test-slow lint lock setup clean
 .DELETE_ON_ERROR:
 
 figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
@@ -26,6 +26,9 @@ theory: .venv/.ready  ## notebook 08: why it works, closed forms beside the mode
 
 objectives: .venv/.ready  ## notebook 09: what R1 may be refined for, and the preset that won
 	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES) --only 09
+
+zeroshot: .venv/.ready  ## notebook 10: zero-shot accuracy through lm-eval
+	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES) --only 10
 
 redraw: .venv/.ready  ## draw every figure again from its result, in seconds
 	$(BIN)/dfrot-lab redraw $(HOME_OF)

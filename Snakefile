@@ -23,8 +23,9 @@ NOTEBOOKS = {
     "07_int4_kernels": (["int4_kernels", "int4_model", "int4_speed"], 4500, 20),
     "08_why_it_works": (["why_it_works", "landscape", "perplexities"], 3000, 10),
     "09_objectives": (["objectives", "perplexities"], 5500, 240),
+    "10_zero_shot": (["zero_shot"], 5000, 360),
 }
-REFINED = ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives")
+REFINED = ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives", "10_zero_shot")
 GPU = {"gpu": 1} if str(COMMON["device"]).startswith("cuda") else {"gpu": 0}
 
 GRID = experiments.find(config["experiment"], PROFILE, Path.cwd()) if config.get("experiment") else None
@@ -60,7 +61,8 @@ def needs(memory, minutes):
 def windows(notebook):
     """Calibration windows of the shared Hessians that `notebook` uses; 0 for none."""
     own = SETTINGS["notebooks"].get(notebook, {})
-    shared = notebook == "09_objectives" or (notebook == "05_tables" and own.get("gptq", "gptq-shared") == "gptq-shared")
+    method = {"05_tables": own.get("gptq"), "09_objectives": "gptq-shared", "10_zero_shot": own.get("method")}
+    shared = method.get(notebook, "none") in (None, "gptq-shared")
     return own.get("weight_windows", COMMON.get("weight_windows", 32)) if shared else 0
 
 
@@ -87,6 +89,9 @@ CORE += ["geodesics", "heads", "quantized_model", "quantizers", "results", "rota
 CODE = [f"kernels/dfrot_kernels/{m}.py" for m in KERNELS] + [f"dfrot_lab/{m}.py" for m in CORE]
 DRAWING = ["dfrot_lab/data/paper.json", "dfrot_lab/data/captions.yml", "dfrot_lab/data/style.mplstyle", "dfrot_lab/tables.py"]
 DRAWING += [str(p) for p in sorted(Path("dfrot_lab/plots").glob("*.py"))]
+
+ZERO_SHOT = ["dfrot_lab/zero_shot.py", "dfrot_lab/text_tasks.py", "dfrot_lab/accuracy_tables.py"]
+ZERO_SHOT += [str(p) for p in sorted(Path("dfrot_lab/data/tasks").glob("*.yaml"))]
 
 # a corpus or a model that is a local file
 NAMED = [COMMON, *(p.values for p in GRID.points)] if GRID else [COMMON]
@@ -168,6 +173,7 @@ rule notebook:
         lambda w: str(profiles.path(RESULTS[w.folder][0])),
         CODE,
         DRAWING,
+        lambda w: ZERO_SHOT if w.notebook == "10_zero_shot" else [],
         notebook="notebooks/{notebook}.ipynb",
     output:
         "{folder}/{notebook}/result.json",

@@ -271,6 +271,109 @@ def merge(model: str, rotation: str, r2: bool, out: Path) -> None:
     click.echo(checkpoints.merge(source, out, both))
 
 
+def _weights(function):
+    text = "Of the weights: RTN, GPTQ as published, or GPTQ from shared Hessians."
+    kinds = click.Choice(["rtn", "gptq", "gptq-shared"])
+    method = click.option("--method", type=kinds, default="gptq-shared", help=text)
+    bits = click.option("--bits", default="4-4-16", help="Weights-activations-KV cache.")
+    seed = click.option("--seed", type=int, default=0, help="Of the rotation.")
+    return bits(method(seed(function)))
+
+
+def _quantizing(profile: str, folder: Path | None, **given):
+    """`_lab` with the calibration windows for GPTQ of the profile's notebook 10: shared Hessians."""
+    own = profiles.load(profile)["notebooks"].get("10_zero_shot", {})
+    windows = {k: own[k] for k in ("weight_windows",) if k in own}
+    return _lab(profile, folder, **windows, **given)
+
+
+@app.command()
+@_profile
+@_model_and_corpus
+@click.option("--rotation", default="DFRot(RH)", help="NR, RO, RH, DFRot(RH), or a .safetensors.")
+@click.option("--gamma", type=float, default=100.0, help="Of DFRot.")
+@_weights
+@_folder
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
+def quantize(profile, model, corpus, rotation, gamma, bits, method, seed, folder, out) -> None:
+    """Rotate and quantize; write the dequantized weights as a Hugging Face folder.
+
+    Activations and KV cache are quantized at run time: `dfrot_lab.quantized_folder.load`.
+    """
+    from dfrot_lab import quantized_folder
+
+    lab = _quantizing(profile, folder, model=model, corpus=corpus)
+    if out.exists():
+        raise click.ClickException(f"{out} exists: choose another folder, or delete it")
+    spec = lab._spec(bits, "none", method, {})
+    built = lab._built(rotation, seed, spec, method, gamma)
+    about = {"model": lab.model, "rotation": rotation, "seed": seed, "bits": bits}
+    about |= {"gamma": gamma if rotation.startswith("DFRot") else None}
+    about |= {"method": method if spec.weights else None, "version": __version__}
+    click.echo(quantized_folder.save(built, lab.tokenizer, out, about))
+
+
+@app.command(name="eval")
+@_profile
+@_model_and_corpus
+@click.option("--rotation", multiple=True, help="Repeatable.  [default: FP, RO, RH and DFRot(RH)]")
+@click.option(
+    "--quantized", type=click.Path(path_type=Path), help="A folder of `quantize` instead."
+)
+@click.option("--gamma", type=float, default=100.0, help="Of DFRot.")
+@_weights
+@click.option("--windows", type=int, default=2, help="Of perplexity; 0: the whole split.")
+@click.option("--zero-shot", is_flag=True, help="Also the two tasks that work offline.")
+@click.option(
+    "--task", multiple=True, help="Zero-shot tasks: piqa, …, mmlu with the hub; repeatable."
+)
+@click.option("--items", type=int, default=500, help="Of each of our own tasks.")
+@_folder
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Also write the numbers there (.json)."
+)
+def evaluate(
+    profile, model, corpus, rotation, quantized, gamma, bits, method, seed, windows, zero_shot,
+    task, items, folder, out,
+) -> None:  # fmt: skip
+    """Perplexity, and zero-shot accuracy through lm-eval, as a table; what is measured is kept."""
+    from dfrot_lab import files, scores
+    from dfrot_lab.zero_shot import OFFLINE
+
+    if windows < 0:
+        raise click.ClickException(f"windows = {windows} is negative: use 0 or more")
+    tasks = list(dict.fromkeys([*(OFFLINE if zero_shot else ()), *task]))
+    lab = _quantizing(profile, folder, model=model, corpus=corpus)
+    if quantized:
+        rows = [scores.of_folder(lab, quantized, windows=windows, tasks=tasks, items=items)]
+    else:
+        rows = scores.measured(
+            lab, list(rotation) or ["FP", "RO", "RH", "DFRot(RH)"], seed, bits=bits,
+            method=method, gamma=gamma, windows=windows, tasks=tasks, items=items,
+        )  # fmt: skip
+    if out:
+        files.write_json(out, {"rows": rows, "about": lab.about})
+    click.echo(scores.scores_table(rows))
+
+
+@app.command()
+@click.argument("prompt")
+@_profile
+@_model_and_corpus
+@_weights
+@click.option("--tokens", type=int, default=60, help="How many to write.")
+@click.option("--chat", is_flag=True, help="PROMPT is a message, in the model's chat template.")
+@_folder
+def generate(prompt, profile, model, corpus, bits, method, seed, tokens, chat, folder) -> None:
+    """Continue PROMPT greedily in floating point, with RH and with DFRot at 4 bits, side by side."""
+    from dfrot_lab import side_by_side
+
+    lab = _quantizing(profile, folder, model=model, corpus=corpus)
+    how = {"tokens": tokens, "bits": bits, "method": method, "seed": seed, "chat": chat}
+    rows = side_by_side.texts(lab, prompt, **how)
+    click.echo(side_by_side.columns(rows, shutil.get_terminal_size((100, 24)).columns))
+
+
 @app.command()
 @click.option("--profile", help="As elsewhere.  [default: the experiment's, else demo]")
 @click.option("--cores", default="all", help="Number of cores, or 'all'.")

@@ -19,7 +19,7 @@ __all__ = ["NotebookError", "find", "parameters", "run", "typed"]
 
 # errors that say what, which value and what to do; their class adds nothing
 _OURS = {"ActivationsError", "AssetError", "CorpusError", "GPTQError", "KVError", "LabError"}
-_OURS |= {"ModelError", "PlotError", "ResultError", "RotationError"}
+_OURS |= {"ModelError", "PlotError", "ResultError", "RotationError", "TaskError"}
 # a full disk or quota, as Python prints it
 _FULL = tuple(f"[Errno {n}]" for n in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)))
 FREE_SPACE = ": free space there, then give the same command again: what is finished is kept"

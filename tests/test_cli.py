@@ -30,7 +30,8 @@ def test_help_lists_every_command():
     done = invoke("--help")
     assert done.exit_code == 0
     for command in (
-        "assets", "batch", "collect", "gallery", "merge", "optimize", "plan", "publish", "redraw", "run",
+        "assets", "batch", "collect", "eval", "gallery", "generate", "merge", "optimize", "plan",
+        "publish", "quantize", "redraw", "run",
     ):  # fmt: skip
         assert command in done.output
 

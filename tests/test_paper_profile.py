@@ -18,7 +18,7 @@ SMALL = {
     "side_seeds": 1, "final_windows": 1, "final_seeds": 1, "weight_windows": 4, "samples": 2,
     "sites": [2, 1], "gammas": [1.0, float("inf")], "corpora": ["pydoc"], "rounds": 1, "tokens": 32,
     "clips": [1.0, 0.9], "clip_steps": 4, "peak_tokens": [1, 32], "draws": 1, "second": "pydoc",
-    "cayley_steps": 2, "cayley_length": 32,
+    "cayley_steps": 2, "cayley_length": 32, "tasks": ["last_word", "continuation"], "items": 8,
 }  # fmt: skip
 
 

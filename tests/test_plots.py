@@ -40,6 +40,7 @@ def synthetic(case: str = "full") -> dict[str, dict]:
         "07_int4_kernels": _int4(),
         "08_why_it_works": _why(rng, massive, seeds, case == "infinite"),
         "09_objectives": _objectives(case == "infinite"),
+        "10_zero_shot": _zero_shot(seeds, case == "infinite"),
     }
     return json.loads(json.dumps(everything, allow_nan=False))
 
@@ -464,6 +465,72 @@ def _objectives(infinite: bool) -> dict:
     }
 
 
+def _zero_shot(seeds, infinite: bool) -> dict:
+    names, tasks = ("FP", "NR", "RO", "RH", "DFRot(RH)"), ("last_word", "continuation")
+    every = (*tasks, "mean of tasks")
+
+    def cell(mean, half):
+        if infinite:
+            return {"mean": "nan", "low": "nan", "high": "nan", "sd": "nan"}
+        return {"mean": mean, "low": mean - half, "high": mean + half, "sd": 0.01}
+
+    table = [
+        {"bits": b, "rotation": n, "task": t, "seeds": len(seeds)}
+        | {
+            "correct": cell(0.55 - 0.05 * i, 0.03),
+            "logp": {"mean": -3.0 - i, "low": -3.5 - i, "high": -2.5 - i, "sd": 0.1},
+        }
+        for b in ("4-4-16", "4-4-4")
+        for i, n in enumerate(names)
+        for t in every
+    ]
+    pairs = (("RH", "RO"), ("DFRot(RH)", "RH"), ("FP", "DFRot(RH)"))
+    return {
+        "tasks": [
+            {
+                "task": t,
+                "metric": "acc",
+                "items": 500,
+                "tokens": 9000,
+                "hash": "0",
+                "version": "1.0",
+            }
+            for t in tasks
+        ],
+        "lm_eval": "0.4.13",
+        "windows": 2,
+        "models": [
+            {"rotation": n, "seed": s, "bits": b, "method": "rtn"}
+            | {"ppl": "inf" if infinite and n == "NR" else 20.0 + 5 * i + s}
+            | {"accuracy": 0.55 - 0.05 * i, "logp": -3.0 - i}
+            for b in ("4-4-16", "4-4-4")
+            for i, n in enumerate(names)
+            for s in (seeds if n not in ("FP", "NR") else [0])
+            if n != "FP" or b == "4-4-16"
+        ],
+        "table": table,
+        "differences": [
+            {
+                "bits": b,
+                "a": x,
+                "b": y,
+                "task": t,
+                "correct": cell(0.01, 0.02),
+                "logp": cell(0.1, 0.05),
+            }
+            for b in ("4-4-16", "4-4-4")
+            for x, y in pairs
+            for t in every
+        ],
+        "ranks": [
+            {"bits": b, "value": v, "methods": "nan" if infinite else 0.8, "models": 0.6, "n": 11}
+            | {"names": list(names)}
+            for b in ("4-4-16", "4-4-4")
+            for v in ("accuracy", "logp")
+        ],
+    }
+
+
 RESULTS = {case: synthetic(case) for case in CASES}
 FULL = RESULTS["full"]
 
@@ -650,6 +717,9 @@ def test_massive_tokens_are_never_thinned_out():
         ("composed_hadamard", lambda r: r["composed"][0].update(mean=0.0777)),
         ("loss_landscape", lambda r: r["alike"].update(massive=0.77)),
         ("objective_screening", lambda r: r["screen"][0]["ppl"].update({"16-4-16": 77.7})),
+        ("zero_shot_accuracy", lambda r: [x["correct"].update(mean=0.777) for x in r["table"]]),
+        ("paired_accuracy", lambda r: [x["correct"].update(low=-0.777) for x in r["differences"]]),
+        ("perplexity_and_accuracy", lambda r: r["ranks"][0].update(methods=0.77)),
         ("cost_and_quality", lambda r: r["pareto"][0]["ppl_w16"].update(mean=77.7)),
         ("prefix_in_cache", lambda r: r["prefix"]["rows"][0].update(plain=77.7)),
         ("gain_by_weight", lambda r: r["sweep"]["rows"][0].update(ppl=77.7)),

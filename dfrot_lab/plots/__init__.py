@@ -67,6 +67,7 @@ from dfrot_lab.plots.why_it_works import (
     spikes_in_noise,
     spikes_under_hadamard,
 )
+from dfrot_lab.plots.zero_shot import paired_accuracy, perplexity_and_accuracy, zero_shot_accuracy
 
 __all__ = [
     "FIGURES",
@@ -107,6 +108,8 @@ __all__ = [
     "objective_screening",
     "outliers_by_layer",
     "packed_memory",
+    "paired_accuracy",
+    "perplexity_and_accuracy",
     "prefix_in_cache",
     "ratio_by_kurtosis",
     "recollected",
@@ -122,6 +125,7 @@ __all__ = [
     "tables_by_bits",
     "task_loss",
     "top_activations",
+    "zero_shot_accuracy",
 ]
 
 CAPTIONS = style.SHEET.with_name("captions.yml")
