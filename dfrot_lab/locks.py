@@ -40,10 +40,14 @@ def requirements(root: Path, extras: Iterable[str] = EXTRAS) -> list[Requirement
     if not path.is_file():
         raise LockError(f"no pyproject.toml in {root}: run this from a checkout of the project")
     project = tomllib.loads(path.read_text())["project"]
-    asked = project["dependencies"] + [
-        r for extra in extras for r in project["optional-dependencies"][extra]
-    ]
-    return [Requirement(r) for r in asked]
+    asked, todo = [Requirement(r) for r in project["dependencies"]], list(extras)
+    while todo:
+        for r in map(Requirement, project["optional-dependencies"][todo.pop(0)]):
+            if r.name == project["name"]:  # an extra that has another in it
+                todo += sorted(r.extras)
+            else:
+                asked.append(r)
+    return asked
 
 
 def closure(asked: Iterable[Requirement]) -> dict[str, str]:
