@@ -135,6 +135,9 @@ def _within(a: Any, b: Any, path: str, at: _Place, pools: dict) -> Iterator[Diff
         yield Difference(path, _outline(a), _outline(b))
     elif isinstance(a, dict):
         sd = next((float(a[k]) for k in ("sd", "seed_sd") if _number(a.get(k))), at.sd)
+        if _number(a.get("low")) and _number(a.get("high")):
+            # of few windows: its ends move by as much as it is wide when a code turns
+            sd = max(sd or 0.0, (float(a["high"]) - float(a["low"])) / 2)
         words = {"ours"} if a.keys() == _CLAIM else set()
         for key in a.keys() - words:
             below = _Place((*at.keys, key), at.row, sd, 0.0)

@@ -238,7 +238,8 @@ def _before_and_after(ax: Axes, start: str, cells: dict[str, dict[int, float]]) 
     if set(finite) == set(names):
         change = finite[names[1]].mean() / finite[names[0]].mean() - 1
         told = f"{100 * change:+.1f} %" if abs(change) < 0.1 else f"{100 * change:+.0f} %"
-        style.note(ax, told.replace("-", "−"), 0.5, 0.99, va="top", color=COLOUR["ink"])
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # over the grid
+        style.note(ax, told.replace("-", "−"), 0.5, 0.99, va="top", color=COLOUR["ink"], bbox=box)
     elif hidden:
         style.note(ax, "\n".join(hidden), 0.98, 0.97, ha="right", va="top")
     ax.set_xticks([0, 1], names)
