@@ -24,7 +24,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = locks.read(ROOT / locks.NAME)
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "extra": ""}
 OURS = {"dfrot-lab"}
-DEVELOPMENT = {"selenium", "llama-cpp-python"}  # of extras that the lock is not for, imported where asked for
+DEVELOPMENT = {
+    "selenium",
+    "llama-cpp-python",
+}  # of extras that the lock is not for, imported where asked for
 
 
 def pinned(name: str) -> bool:

@@ -19,6 +19,7 @@ from dfrot_lab.gallery.formulas import mathml
 
 __all__ = ["claim", "coded", "inline", "markdown", "notebook", "plain", "title"]
 
+_INTO_CHECKOUT = re.compile(r"\[([^\]]+)\]\(\.\./([^)]+)\)")
 _DRAWN = re.compile(r'plots\.draw\(\s*"(\w+)"')
 _IMAGES = ("image/png", "image/jpeg")
 
@@ -126,6 +127,8 @@ def _prepared(node: Any, captions: Mapping[str, str], scrub: Scrubber) -> Any:
         first.source = re.sub(r"\A# .+\n*", "", first.source)
     for cell in node.cells:
         cell.source = scrub(cell.source)
+        if cell.cell_type == "markdown":  # a file of the checkout is not part of the site
+            cell.source = _INTO_CHECKOUT.sub(r"\1 (`\2`)", cell.source)
         cell.metadata = {"tags": cell.metadata.get("tags", [])}
         if cell.cell_type == "code":
             drawn = _DRAWN.findall(cell.source)

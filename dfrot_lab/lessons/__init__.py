@@ -1,4 +1,4 @@
-"""Lessons: the exercises of notebooks 01 to 06, 08 and 09, checked against this package's own functions.
+"""Lessons: the exercises of notebooks 01 to 06 and 08 to 10, checked against this package's own functions.
 
     lessons.check("01.fold", my_fold)
 
@@ -12,7 +12,7 @@ import inspect
 from typing import Any
 
 from dfrot_lab.answers import Report, grade
-from dfrot_lab.lessons import quantizing, refining, rotating, spikes, weights
+from dfrot_lab.lessons import quantizing, refining, rotating, spikes, tasks, weights
 from dfrot_lab.lessons.lesson import Lesson
 
 __all__ = ["LESSONS", "Lesson", "check"]
@@ -20,7 +20,7 @@ __all__ = ["LESSONS", "Lesson", "check"]
 LESSONS: dict[str, Lesson] = dict(
     sorted(
         (name, lesson)
-        for part in (rotating, quantizing, refining, weights, spikes)
+        for part in (rotating, quantizing, refining, weights, spikes, tasks)
         for name, lesson in part.LESSONS.items()
     )
 )

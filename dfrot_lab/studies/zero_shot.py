@@ -16,7 +16,16 @@ from dfrot_lab.evaluation import paired_difference, spread
 from dfrot_lab.lab import Lab
 from dfrot_lab.results import Claim
 
-__all__ = ["averages", "claims", "differences", "measure", "ranks", "summary", "table"]
+__all__ = [
+    "averages",
+    "claims",
+    "differences",
+    "measure",
+    "rank_correlation",
+    "ranks",
+    "summary",
+    "table",
+]
 
 METHODS = ("NR", "RO", "RH", "DFRot(RH)")
 ORDER = ("FP", "DFRot(RH)", "RH", "RO")  # best first
@@ -186,13 +195,19 @@ def ranks(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 [statistics.fmean(float(r[k]) for r in these if r["rotation"] == n) for n in names]
                 for k in ("ppl", value)
             ]
-            row = {"bits": bits, "value": value, "methods": _tau(*means), "names": names}
+            row = {
+                "bits": bits,
+                "value": value,
+                "methods": rank_correlation(*means),
+                "names": names,
+            }
             single = [[float(r[k]) for r in these] for k in ("ppl", value)]
-            out.append(row | {"models": _tau(*single), "n": len(these)})
+            out.append(row | {"models": rank_correlation(*single), "n": len(these)})
     return out
 
 
-def _tau(perplexity: list[float], value: list[float]) -> float:
+def rank_correlation(perplexity: list[float], value: list[float]) -> float:
+    """Kendall's τ of −perplexity and `value` over models: 1 if they rank them alike, −1 if the other way."""
     return float(kendalltau([-p for p in perplexity], value).statistic)
 
 
