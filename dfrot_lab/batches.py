@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from dfrot_lab import experiments, manifests
+from dfrot_lab import experiments, kept_files
 from dfrot_lab import notebooks as sources
 
 __all__ = ["BatchError", "run"]
@@ -47,7 +47,7 @@ def run(
     notebooks: by their full names; none for the first four, or for all of the experiment's. cores,
     memory (MiB) and gpus limit what all local jobs together use. experiment: a name in
     experiments.yml, whose points are run instead. executor: a folder in cluster/, or the path of one,
-    with a Snakemake profile (config.yaml). check: hash every kept file first, see `manifests.verify`.
+    with a Snakemake profile (config.yaml). check: hash every kept file first, see `kept_files.verify`.
 
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
     killed run leaves behind, is not used. Snakemake inherits it and dies with this process; jobs that
@@ -80,8 +80,8 @@ def run(
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
     with _locked(folder) as lock:
-        manifests.wait_for_jobs(folder, _say)
-        for line in manifests.verify(folder, check):
+        kept_files.wait_for_jobs(folder, _say)
+        for line in kept_files.verify(folder, check):
             _say(line)
         if grid:
             experiments.prepare(grid)
@@ -110,7 +110,7 @@ def _executor(name: str, root: Path) -> Path:
 @contextmanager
 def _locked(folder: Path) -> Iterator[IO[str]]:
     """The batch lock of `folder`, in which the process that holds it is named."""
-    with (folder / manifests.BATCH_LOCK).open("a+") as lock:
+    with (folder / kept_files.BATCH_LOCK).open("a+") as lock:
         given_up = time.monotonic() + _GRACE
         while True:
             try:
