@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
+import yaml
+
 from dfrot_lab import experiments, kept_files
 from dfrot_lab import notebooks as sources
 
@@ -59,6 +61,7 @@ def run(
     _check_code(root)
     sources.check_profile(profile, root / "notebooks")
     where = _executor(executor, root)
+    local = _is_local(where)
     grid = experiments.find(experiment, profile, root) if experiment else None
     if grid:
         experiments.check(grid)
@@ -67,10 +70,12 @@ def run(
     limits = ["--cores", cores, "--resources", f"mem_mb={memory}", f"gpu={gpus}", "hessians=1"]
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--workflow-profile", str(where),
-        *(limits if where.name == "local" else ["--resources", "hessians=1"]),
+        *(limits if local else ["--resources", "hessians=1"]),
         "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
         f"experiment={experiment or ''}",
-        "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "rules", "host",
+        "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "host",
+        # jobs here say themselves what went wrong; of others only Snakemake knows, and where their logs are
+        *(["rules"] if local else []),
     ]  # fmt: skip
     # jobs call `dfrot-lab`: the one beside this interpreter, whatever is first on the PATH
     environment = os.environ | {
@@ -105,6 +110,19 @@ def _executor(name: str, root: Path) -> Path:
             f"executor {name!r} is unknown: use {known}, or a folder with a Snakemake config.yaml"
         )
     return found
+
+
+def _is_local(executor: Path) -> bool:
+    """Whether jobs run on this machine; BatchError where jobs elsewhere could not be started."""
+    settings = yaml.safe_load((executor / "config.yaml").read_text()) or {}
+    if settings.get("executor", "local") == "local":
+        return True
+    if " " in sys.executable:  # Snakemake does not quote it
+        raise BatchError(
+            f"no job can be submitted with {sys.executable}, which has a space in its path: make the "
+            "environment in a folder without one"
+        )
+    return False
 
 
 @contextmanager
