@@ -417,7 +417,7 @@ def batch(
 @app.command()
 @_profile
 def plan(profile: str) -> None:
-    """Say what `make figures` of a profile will take in memory, disk and time; runs nothing."""
+    """Say what `make figures` of a profile, and its other notebooks, will take; runs none of them."""
     _check(profile)
     from dfrot_lab import plans
 
