@@ -115,8 +115,13 @@ def _executor(name: str, root: Path) -> Path:
 def _is_local(executor: Path) -> bool:
     """Whether jobs run on this machine; BatchError where jobs elsewhere could not be started."""
     settings = yaml.safe_load((executor / "config.yaml").read_text()) or {}
-    if settings.get("executor", "local") == "local":
+    kind = settings.get("executor", "local")
+    if kind == "local":
         return True
+    if find_spec(f"snakemake_executor_plugin_{kind.replace('-', '_')}") is None:
+        raise BatchError(
+            f"executor {kind!r} is not installed: pip install snakemake-executor-plugin-{kind}"
+        )
     if " " in sys.executable:  # Snakemake does not quote it
         raise BatchError(
             f"no job can be submitted with {sys.executable}, which has a space in its path: make the "
