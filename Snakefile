@@ -26,9 +26,11 @@ NOTEBOOKS = {
     "10_zero_shot": (["zero_shot"], 5000, 360),
 }
 REFINED = ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives", "10_zero_shot")
-GPU = {"gpu": 1} if str(COMMON["device"]).startswith("cuda") else {"gpu": 0}
-
 GRID = experiments.find(config["experiment"], PROFILE, Path.cwd()) if config.get("experiment") else None
+# every set of values that a job may run with; each job reserves what the largest takes
+NAMED = [COMMON, *(COMMON | p.values for p in GRID.points)] if GRID else [COMMON]
+GPU = {"gpu": int(any(str(v["device"]).startswith("cuda") for v in NAMED))}
+THREADS = max(v["threads"] for v in NAMED)
 # folders with results, and with artefacts: each with the profile that holds its values
 if GRID:
     TAG = f"-{GRID.name}"
@@ -58,16 +60,24 @@ def needs(memory, minutes):
     return {"mem_mb": memory, "runtime": minutes} | GPU | SETTINGS["resources"]
 
 
-def windows(notebook):
-    """Calibration windows of the shared Hessians that `notebook` uses; 0 for none."""
-    own = SETTINGS["notebooks"].get(notebook, {})
+def windows(notebook, values):
+    """Calibration windows of the shared Hessians that `notebook` uses with a point's `values`; 0 for none."""
+    own = SETTINGS["notebooks"].get(notebook, {}) | values
     method = {"05_tables": own.get("gptq"), "09_objectives": "gptq-shared", "10_zero_shot": own.get("method")}
     shared = method.get(notebook, "none") in (None, "gptq-shared")
     return own.get("weight_windows", COMMON.get("weight_windows", 32)) if shared else 0
 
 
-# one set of Hessians a folder: made before the notebooks that agree on its windows, and used in turn if not
-HESSIANS = {windows(n) for n in NOTEBOOKS} - {0}
+# what each folder's results were asked for with, besides the profile; and by folder with artefacts, the
+# sizes of the Hessians that its notebooks use: one is made before them, several are used in turn
+VALUES = {str(p.folder): p.values for p in GRID.points} if GRID else {HOME: {}}
+HESSIANS = {home: set() for home in SHARES}
+for folder, values in VALUES.items():
+    HESSIANS[home_of(folder)] |= {windows(n, values) for n in NOTEBOOKS} - {0}
+
+
+def in_turn(folder, notebook):
+    return windows(notebook, VALUES[folder]) > 0 and len(HESSIANS[home_of(folder)]) > 1
 
 
 wildcard_constraints:
@@ -94,8 +104,7 @@ ZERO_SHOT = ["dfrot_lab/zero_shot.py", "dfrot_lab/text_tasks.py", "dfrot_lab/acc
 ZERO_SHOT += [str(p) for p in sorted(Path("dfrot_lab/data/tasks").glob("*.yaml"))]
 
 # a corpus or a model that is a local file
-NAMED = [COMMON, *(p.values for p in GRID.points)] if GRID else [COMMON]
-SOURCES = [v[name] for v in NAMED for name in ("corpus", "model") if Path(str(v.get(name, ""))).is_file()]
+SOURCES = sorted({v[n] for v in NAMED for n in ("corpus", "model") if Path(str(v.get(n, ""))).is_file()})
 
 
 rule all:
@@ -125,7 +134,7 @@ rule activations:
         "{home}/artefacts/activations.safetensors",
     params:
         profile=lambda w: COLLECTED[w.home],
-    threads: COMMON["threads"]
+    threads: THREADS
     resources:
         **needs(2500, 15),
     shell:
@@ -140,7 +149,7 @@ rule rotations:  # one job: each takes seconds here, and on a GPU less than star
         f"{{home}}/artefacts/rotations{TAG}.json",  # the list; the files stay when the job is cut short
     params:
         profile=lambda w: SHARES[w.home],
-    threads: COMMON["threads"]
+    threads: THREADS
     resources:
         **needs(1500, 30),
     priority: 10
@@ -155,8 +164,8 @@ rule hessians:
         "{home}/artefacts/hessians/hessians.json",  # written last, when all layers are there
     params:
         profile=lambda w: COLLECTED[w.home],
-        windows=max(HESSIANS, default=0),
-    threads: COMMON["threads"]
+        windows=lambda w: max(HESSIANS[w.home], default=0),
+    threads: THREADS
     resources:
         **needs(3000, 60),
     shell:
@@ -167,7 +176,8 @@ rule notebook:
     input:
         lambda w: f"{home_of(w.folder)}/artefacts/activations.safetensors",
         lambda w: f"{home_of(w.folder)}/artefacts/rotations{TAG}.json" if w.notebook in REFINED else [],
-        lambda w: f"{home_of(w.folder)}/artefacts/hessians/hessians.json" if windows(w.notebook) and len(HESSIANS) == 1 else [],
+        lambda w: f"{home_of(w.folder)}/artefacts/hessians/hessians.json"
+        if windows(w.notebook, VALUES[w.folder]) and not in_turn(w.folder, w.notebook) else [],
         lambda w: [f"dfrot_lab/studies/{m}.py" for m in NOTEBOOKS[w.notebook][0]],
         SOURCES,
         lambda w: str(profiles.path(RESULTS[w.folder][0])),
@@ -182,11 +192,11 @@ rule notebook:
         profile=lambda w: RESULTS[w.folder][0],
     log:
         "{folder}/{notebook}/notebook.ipynb",  # a log: Snakemake keeps it when the notebook fails
-    threads: COMMON["threads"]
+    threads: THREADS
     resources:
         mem_mb=lambda w: needs(NOTEBOOKS[w.notebook][1], 0)["mem_mb"],
         runtime=lambda w: needs(0, NOTEBOOKS[w.notebook][2])["runtime"],
         gpu=needs(0, 0)["gpu"],
-        hessians=lambda w: int(windows(w.notebook) > 0 and len(HESSIANS) > 1),
+        hessians=lambda w: int(in_turn(w.folder, w.notebook)),
     shell:
         "dfrot-lab run {wildcards.notebook} --profile {params.profile:q} --folder {wildcards.folder:q} --out {log:q}"

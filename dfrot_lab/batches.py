@@ -16,7 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from dfrot_lab import experiments, manifests
+import yaml
+
+from dfrot_lab import experiments, kept_files
 from dfrot_lab import notebooks as sources
 
 __all__ = ["BatchError", "run"]
@@ -47,7 +49,7 @@ def run(
     notebooks: by their full names; none for the first four, or for all of the experiment's. cores,
     memory (MiB) and gpus limit what all local jobs together use. experiment: a name in
     experiments.yml, whose points are run instead. executor: a folder in cluster/, or the path of one,
-    with a Snakemake profile (config.yaml). check: hash every kept file first, see `manifests.verify`.
+    with a Snakemake profile (config.yaml). check: hash every kept file first, see `kept_files.verify`.
 
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
     killed run leaves behind, is not used. Snakemake inherits it and dies with this process; jobs that
@@ -59,6 +61,7 @@ def run(
     _check_code(root)
     sources.check_profile(profile, root / "notebooks")
     where = _executor(executor, root)
+    local = _is_local(where)
     grid = experiments.find(experiment, profile, root) if experiment else None
     if grid:
         experiments.check(grid)
@@ -67,10 +70,12 @@ def run(
     limits = ["--cores", cores, "--resources", f"mem_mb={memory}", f"gpu={gpus}", "hessians=1"]
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--workflow-profile", str(where),
-        *(limits if where.name == "local" else ["--resources", "hessians=1"]),
+        *(limits if local else ["--resources", "hessians=1"]),
         "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
         f"experiment={experiment or ''}",
-        "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "rules", "host",
+        "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "host",
+        # jobs here say themselves what went wrong; of others only Snakemake knows, and where their logs are
+        *(["rules"] if local else []),
     ]  # fmt: skip
     # jobs call `dfrot-lab`: the one beside this interpreter, whatever is first on the PATH
     environment = os.environ | {
@@ -80,8 +85,8 @@ def run(
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
     with _locked(folder) as lock:
-        manifests.wait_for_jobs(folder, _say)
-        for line in manifests.verify(folder, check):
+        kept_files.wait_for_jobs(folder, _say)
+        for line in kept_files.verify(folder, check):
             _say(line)
         if grid:
             experiments.prepare(grid)
@@ -107,10 +112,28 @@ def _executor(name: str, root: Path) -> Path:
     return found
 
 
+def _is_local(executor: Path) -> bool:
+    """Whether jobs run on this machine; BatchError where jobs elsewhere could not be started."""
+    settings = yaml.safe_load((executor / "config.yaml").read_text()) or {}
+    kind = settings.get("executor", "local")
+    if kind == "local":
+        return True
+    if find_spec(f"snakemake_executor_plugin_{kind.replace('-', '_')}") is None:
+        raise BatchError(
+            f"executor {kind!r} is not installed: pip install snakemake-executor-plugin-{kind}"
+        )
+    if " " in sys.executable:  # Snakemake does not quote it
+        raise BatchError(
+            f"no job can be submitted with {sys.executable}, which has a space in its path: make the "
+            "environment in a folder without one"
+        )
+    return False
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[IO[str]]:
     """The batch lock of `folder`, in which the process that holds it is named."""
-    with (folder / manifests.BATCH_LOCK).open("a+") as lock:
+    with (folder / kept_files.BATCH_LOCK).open("a+") as lock:
         given_up = time.monotonic() + _GRACE
         while True:
             try:

@@ -114,14 +114,14 @@ def run(
     out: Path | None,
 ) -> None:
     """Run NOTEBOOK ('03', its name, or a path); parameters are checked before anything starts."""
-    from dfrot_lab import manifests, notebooks
+    from dfrot_lab import kept_files, notebooks
 
     root = project_root()
     file = notebooks.find(notebook, root)
     folder = folder or _results(profile)
     values = notebooks.resolve(file, profile, {"folder": str(folder)} | dict(parameter))
     path = out or root / values["folder"] / file.stem / "notebook.ipynb"
-    with manifests.recording(root / values["folder"]):
+    with kept_files.recording(root / values["folder"]):
         click.echo(notebooks.run(file, values, path, root))
 
 
@@ -167,10 +167,10 @@ def collect(
     hessians: int | None,
 ) -> None:
     """Collect the calibration activations: the outputs of every in-layer norm."""
-    from dfrot_lab import manifests
+    from dfrot_lab import kept_files
 
     lab = _lab(profile, folder, model=model, corpus=corpus, weight_windows=hessians)
-    with manifests.recording(lab.folder):
+    with kept_files.recording(lab.folder):
         if hessians:
             click.echo(f"Hessians of {hessians} windows in {lab.hessians.folder}")
             return
@@ -210,14 +210,14 @@ def optimize(
 ) -> None:  # fmt: skip
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
     _refuse(ctx, every, preset, out)
-    from dfrot_lab import files, manifests, rotations
+    from dfrot_lab import files, kept_files, rotations
 
     lab = _lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
     if every:
         settings, made = profiles.load(profile), {}
         common, shared = settings["common"], settings["rotations"]
         wanted = product(shared["starts"], common["seeds"], shared.get("gammas", [common["gamma"]]))
-        with manifests.recording(lab.folder):
+        with kept_files.recording(lab.folder):
             for kind, n, weight in wanted:
                 path = lab.rotation_file(f"DFRot({kind})", n, gamma=weight)
                 made[path.name] = files.sha256(path)
@@ -226,7 +226,7 @@ def optimize(
                 files.write_json(out, made)
         return
     options = {"gamma": gamma, "form": form, "symmetric": symmetric}
-    with manifests.recording(lab.folder):
+    with kept_files.recording(lab.folder):
         if preset:
             path = PRESETS[preset].rotation_file(lab, seed, start)
         else:
@@ -384,9 +384,7 @@ def generate(prompt, profile, model, corpus, bits, method, seed, tokens, chat, f
 )
 @click.option("--all", "every", is_flag=True, help="Every notebook.")
 @click.option("--experiment", help="Instead, the points of this grid in experiments.yml.")
-@click.option(
-    "--executor", default="local", help="local, slurm, kubernetes, or a Snakemake profile's folder."
-)
+@click.option("--executor", default="local", help="local, slurm, or a Snakemake profile's folder.")
 @click.option("--check", is_flag=True, help="Hash every kept file first, not only changed ones.")
 def batch(
     profile: str | None,
@@ -417,7 +415,7 @@ def batch(
 @app.command()
 @_profile
 def plan(profile: str) -> None:
-    """Say what `make figures` of a profile will take in memory, disk and time; runs nothing."""
+    """Say what `make figures` of a profile, and its other notebooks, will take; runs none of them."""
     _check(profile)
     from dfrot_lab import plans
 

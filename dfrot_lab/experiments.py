@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,12 @@ def find(name: str, profile: str, root: Path) -> Experiment:
     points = []
     for values, own in zip(combinations, differing, strict=True):
         alike = [c for c, d in zip(combinations, differing, strict=True) if d == own]
-        seeds = [s for c in alike for s in c.get("seeds", common.get("seeds", []))]
+        seeds = [s for c in alike for s in _listed(c.get("seeds", common.get("seeds", [])))]
         gammas = [c.get("gamma", common.get("gamma")) for c in alike]
         shared = home / name / "shared" / (_slug(own) or "base")
         share = Share(
             shared if own else home, shared / "profile.yml", own,
-            list(dict.fromkeys(seeds)), list(dict.fromkeys(gammas)),
+            _distinct(seeds), _distinct(gammas),
         )  # fmt: skip
         points.append(Point(_slug(values), values, home / name / _slug(values), share))
     names = [p.name for p in points]
@@ -155,6 +156,16 @@ def find(name: str, profile: str, root: Path) -> Experiment:
         twice = next(n for n in names if names.count(n) > 1)
         raise ExperimentError(f"experiment {name!r} has the point {twice} twice: remove one")
     return Experiment(name, profile, stems, points, home / name, root)
+
+
+def _listed(value: Any) -> list[Any]:
+    """What is no list is refused by `check`, with its point."""
+    return value if isinstance(value, list) else [value]
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    """Each once, in order; they need not be hashable."""
+    return [v for i, v in enumerate(values) if v not in values[:i]]
 
 
 def _slug(values: dict[str, Any]) -> str:
@@ -237,8 +248,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def summarize(experiment: Experiment) -> str:
     """Write summary.json and summary.csv over the points that have results; one line that says so.
 
-    A row: notebook, the point's values, and a claim (ours, agrees) or a perplexity of the notebook's table
-    (mean, sd, n over seeds).
+    A row: notebook, the point's values, and a claim (ours, agrees) or what the notebook's table has: a
+    perplexity, or a task's accuracy and log-probability (mean, sd, n over seeds).
     """
     rows: list[dict[str, Any]] = []
     missing = []
@@ -252,11 +263,7 @@ def summarize(experiment: Experiment) -> str:
         for claim in result["claims"]:
             told = {"quantity": claim["claim"], "value": claim["ours"], "agrees": claim["agrees"]}
             rows.append(about | {"kind": "claim"} | told)
-        for row in result.get("table", []):
-            names = [f"{k} {row[k]}" for k in ("bits", "keep", "gamma", "method") if row.get(k)]
-            quantity = ", ".join([f"perplexity of {row['rotation']}", *names])
-            told = {"quantity": quantity, "value": row["mean"], "sd": row["sd"], "n": row["n"]}
-            rows.append(about | {"kind": "perplexity"} | told)
+        rows += [about | told for row in result.get("table", []) for told in _told(row)]
     folder = experiment.root / experiment.folder
     files.write_json(folder / "summary.json", {"rows": rows, "missing": missing})
     columns = [
@@ -278,3 +285,16 @@ def summarize(experiment: Experiment) -> str:
     done = len(experiment.points) * len(experiment.notebooks) - len(missing)
     line = f"{done} of {done + len(missing)} notebooks have results: {folder / 'summary.csv'}"
     return line + (f"; missing: {', '.join(missing)}" if missing else "")
+
+
+def _told(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The measured values of a row of a notebook's table."""
+    names = [f"{k} {row[k]}" for k in ("bits", "keep", "gamma", "method", "task") if row.get(k)]
+    what = f"of {', '.join([row['rotation'], *names])}"
+    if "task" not in row:  # of notebooks 03 to 05
+        value = {"value": row["mean"], "sd": row["sd"], "n": row["n"]}
+        yield {"kind": "perplexity", "quantity": f"perplexity {what}"} | value
+        return
+    for key, kind in (("correct", "accuracy"), ("logp", "log-probability")):
+        value = {"value": row[key]["mean"], "sd": row[key]["sd"], "n": row["seeds"]}
+        yield {"kind": kind, "quantity": f"{kind} {what}"} | value

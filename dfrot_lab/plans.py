@@ -34,6 +34,20 @@ __all__ = ["Plan", "Speed", "measure", "plan", "weights"]
 TEXT = (
     340_000  # tokens of WikiText-2's test split under LLaMA-2's tokenizer; fewer with larger ones
 )
+FIGURES = 5  # of the estimates, the first: what `make figures` runs, with what the notebooks share
+# the demo profile on two quiet AVX-512 cores, to hold an estimate against
+MEASURED = {
+    "05_tables": "about 60 min",
+    "06_reviewers_questions": "10–20 min",
+    "07_int4_kernels": "about 3 min",
+    "08_why_it_works": "about 1 min",
+    "09_objectives": "45–60 min",
+    "10_zero_shot": None,
+}
+# tokens with all choices, roughly: of an item of ours, and of the hub's tasks, which are run whole
+ITEM = {"last_word": 75, "continuation": 135}
+HUB = {"hellaswag": 4.4e6, "mmlu": 6.2e6}
+OTHER = 0.3e6
 BASE = 0.9e9  # bytes that Python, torch and transformers take before any model
 
 
@@ -67,8 +81,21 @@ class Plan:
             f"disk    {self.disk / 2**30:6.1f} GiB of artefacts, besides the model's own files",
             f"window  {self.window:6.1f} s",
         ]
-        out += [f"{name:<26} {seconds / 60:7.1f} min" for name, seconds in self.notebooks.items()]
+        told = list(self.notebooks.items())
+        out += ["make figures", *_times(told[:FIGURES]), "the others", *_times(told[FIGURES:])]
         return [*out, f"{'in all':<26} {sum(self.notebooks.values()) / 60:7.1f} min"]
+
+
+def _times(notebooks: list[tuple[str, float]]) -> list[str]:
+    """A line a notebook, with the demo profile's measured time, and their sum."""
+    out = []
+    for name, seconds in notebooks:
+        line = f"  {name:<24} {seconds / 60:7.1f} min"
+        if name in MEASURED:
+            known = MEASURED[name]
+            line += f"  (demo on two cores: {'measured, ' + known if known else 'not measured'})"
+        out.append(line)
+    return [*out, f"  {'together':<24} {sum(t for _, t in notebooks) / 60:7.1f} min"]
 
 
 def weights(config: Any) -> int:
@@ -188,7 +215,10 @@ def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
         "06_reviewers_questions": _questions(
             content["notebooks"]["06_reviewers_questions"], t, common
         ),
+        "07_int4_kernels": _packed(content["notebooks"]["07_int4_kernels"], t, common),
         "08_why_it_works": _path(content["notebooks"]["08_why_it_works"], t, common),
+        "09_objectives": _objectives(content["notebooks"]["09_objectives"], t, common),
+        "10_zero_shot": _zero_shot(content["notebooks"]["10_zero_shot"], t, common),
     }
     d = config.hidden_size
     disk = 4 * _rows(config, common) * d + 8 * d**2 * (2 * seeds + swept)
@@ -234,3 +264,51 @@ def _path(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
     """
     points = len(own["gammas"]) * (1.25 * own["steps"] + 1)
     return t.window + 2 * points * t.refine / common["iterations"]
+
+
+def _packed(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
+    """Seconds of notebook 07, see `studies.int4_model`; fp64 takes twice as long.
+
+    A packed linear unpacks first: taken as one with fake quantization, which on a CPU is less than it takes.
+    """
+    w = own["windows"] or TEXT // common["seqlen"]
+    return (1 + 4 + 2 * 2 + 2 * own["draws"]) * w * t.window + 4 * t.rtn
+
+
+def _objectives(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
+    """Seconds of notebook 09, see `studies.objectives`: screening, GPTQ, task loss, prefix, values."""
+    w, seeds = own["windows"] or TEXT // common["seqlen"], len(common["seeds"])
+    screened = 2 * len(own["objectives"]) * len(own["gammas"])
+    refined = screened + (1 + 3) * seeds  # `dfrot` and the three best of the screening
+    steps = 2 * seeds * 100 / common["iterations"]  # `recommended`, and `dfrot` with its steps
+    models = (1 + 3 + 3) * seeds  # RH besides; each with GPTQ and with W16
+    texts = 4 + bool(own["second"])  # perplexity of both, KL of two models
+    rows = (screened + 2) * len(own["screen_bits"]) + models * texts + 2 + 3 * 2 + 2 * seeds
+    # forward, and backward with respect to activations: three times a forward pass
+    cayley = 3 * own["cayley_steps"] * own["cayley_length"] / common["seqlen"]
+    builds = screened + 2 + models * (2 + bool(own["second"])) + 3 + 2 * seeds
+    return (
+        (rows * w + cayley + 8) * t.window  # 8: calibration windows of `recommended`
+        + builds * t.build
+        + models * t.gptq
+        + own["weight_windows"] * t.hessian
+        + (refined + steps) * t.refine
+    )
+
+
+def _zero_shot(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
+    """Seconds of notebook 10, see `studies.zero_shot`; a token of a task as one of a window."""
+    w, seeds = own["windows"] or TEXT // common["seqlen"], len(common["seeds"])
+    models = 3 * seeds  # RO, RH, DFRot; besides them FP, and NR by RTN
+    rows = 1 + 1 + min(1, own["side_seeds"]) + 3 * (seeds + min(own["side_seeds"], seeds))
+    tokens = sum(
+        own["items"] * ITEM[task] if task in ITEM else HUB.get(task, OTHER) for task in own["tasks"]
+    )
+    quantized = {"rtn": t.rtn}.get(own["method"], t.build + t.gptq)
+    passes = {"rtn": 0, "gptq-shared": 1}.get(own["method"], models) * own["weight_windows"]
+    return (
+        rows * (w + tokens / common["seqlen"]) * t.window
+        + models * quantized
+        + t.rtn
+        + passes * t.hessian
+    )

@@ -97,10 +97,22 @@ def test_two_batches_at_once_are_refused(tmp_path):
 def test_an_unknown_executor_is_refused(tmp_path):
     (tmp_path / "Snakefile").touch()
     shutil.copytree(ROOT / "cluster", tmp_path / "cluster")
-    with pytest.raises(
-        batches.BatchError, match="'slrum' is unknown: use kubernetes, local, slurm"
-    ):
+    with pytest.raises(batches.BatchError, match="'slrum' is unknown: use local, slurm"):
         batches.run("smoke", tmp_path, "1", 1000, executor="slrum")
+
+
+def test_an_executor_that_is_not_installed_is_named(tmp_path):
+    (tmp_path / "Snakefile").touch()
+    (tmp_path / "config.yaml").write_text("executor: some-where")
+    with pytest.raises(
+        batches.BatchError, match="pip install snakemake-executor-plugin-some-where"
+    ):
+        batches.run("smoke", tmp_path, "1", 1000, executor=str(tmp_path))
+
+
+def test_a_copy_of_the_local_profile_is_local_whatever_its_name(tmp_path):
+    shutil.copytree(ROOT / "cluster" / "local", tmp_path / "here")
+    assert batches._is_local(tmp_path / "here")
 
 
 def test_outside_a_checkout_it_says_so(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
 from dfrot_lab import models, plans, profiles
 
+ROOT = Path(__file__).parents[1]
 SPEED = plans.Speed(window=8.0, build=3.0, rtn=10.0, refine=11.0, gptq=30.0, hessian=9.0)
 
 
@@ -49,6 +51,25 @@ def test_every_profile_can_be_planned(profile):
     assert "GiB" in text and "in all" in text
 
 
+def test_what_make_figures_runs_comes_first_and_every_notebook_is_there():
+    found = plans.plan("demo", models.tiny("llama").config, SPEED)
+    stems = [p.stem for p in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
+    assert list(found.notebooks) == ["activations, rotations", *stems]
+    lines = found.lines()
+    one, two = lines.index("make figures"), lines.index("the others")
+    told = [[line.split()[0] for line in part] for part in (lines[one + 1 : two], lines[two + 1 :])]
+    assert told == [["activations,", *stems[:4], "together"], [*stems[4:], "together", "in"]]
+    minutes = [float(line.split(" min")[0].split()[-1]) for line in lines if " min" in line]
+    assert minutes[5] + minutes[-2] == pytest.approx(minutes[-1], abs=0.2)
+    assert sum(minutes[:5]) == pytest.approx(minutes[5], abs=0.4)
+
+
+def test_estimates_stand_beside_what_was_measured():
+    lines = plans.plan("demo", models.tiny("llama").config, SPEED).lines()
+    assert [line.split()[0] for line in lines if "not measured" in line] == ["10_zero_shot"]
+    assert sum("demo on two cores: measured" in line for line in lines) == 5
+
+
 def test_more_windows_seeds_and_slower_machines_take_longer(tmp_path):
     config = models.tiny("llama").config
     content = yaml.safe_load(profiles.path("demo").read_text())
@@ -69,6 +90,14 @@ def test_more_windows_seeds_and_slower_machines_take_longer(tmp_path):
     assert total(**{"05_tables": {"weight_windows": 64}}) > plain
     assert total(**{"05_tables": {"gptq": "gptq"}}) > plain
     assert total(**{"06_reviewers_questions": {"clips": [1.0]}}) < plain
+    assert total(**{"07_int4_kernels": {"draws": 6}}) > plain
+    assert total(**{"09_objectives": {"gammas": [1.0]}}) < plain
+    assert total(**{"09_objectives": {"second": ""}}) < plain
+    assert total(**{"09_objectives": {"cayley_steps": 240}}) > plain
+    assert total(**{"10_zero_shot": {"items": 1000}}) > plain
+    assert total(**{"10_zero_shot": {"tasks": ["hellaswag"]}}) > plain
+    assert total(**{"10_zero_shot": {"method": "gptq"}}) > plain
+    assert total(**{"10_zero_shot": {"method": "rtn"}}) < plain
     for part, seconds in vars(SPEED).items():
         assert total(speed=replace(SPEED, **{part: 2 * seconds})) > plain
 

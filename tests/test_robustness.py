@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dfrot_lab import manifests, notebooks
+from dfrot_lab import kept_files, notebooks
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["02_ro_vs_rh_error", "03_massive_tokens_fp16", "04_dfrot"]
@@ -168,7 +168,7 @@ def test_on_a_full_disk_it_says_so_and_goes_on_when_there_is_space(checkout, unb
         assert notebooks.FREE_SPACE.strip(": ") in output
         for path in checkout.home.rglob("*"):
             if path.suffix in (".json", ".safetensors") and path.name[0] != ".":
-                assert manifests._damage(path) is None, path
+                assert kept_files._damage(path) is None, path
             assert not path.name.startswith(".partial-"), path
         assert checkout.results().items() <= unbroken[1].items()
         mount("200m", "remount")

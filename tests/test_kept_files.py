@@ -1,4 +1,4 @@
-"""The manifest: altered and truncated files are named and removed, what jobs have written is not."""
+"""Kept files: altered and truncated ones are named and removed, what jobs have written is not."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dfrot_lab import files, manifests
+from dfrot_lab import files, kept_files
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def folder(tmp_path):
         "03/provenance.json",
     ):
         files.write_json(home / name, {"value": list(range(100))})
-    assert manifests.verify(home) == []
+    assert kept_files.verify(home) == []
     return home
 
 
@@ -73,7 +73,7 @@ def tree(folder):
 def test_a_damaged_file_is_named_and_removed(folder, name, damage):
     before = tree(folder)
     damage(folder / name)
-    (line,) = manifests.verify(folder)
+    (line,) = kept_files.verify(folder)
     assert str(folder / name) in line and "sha256" in line
     gone = {name}
     if "rotations/" in name:
@@ -81,20 +81,20 @@ def test_a_damaged_file_is_named_and_removed(folder, name, damage):
     if "hessians/" in name:
         gone |= {"artefacts/hessians/hessians.json"}
     assert before - tree(folder) == gone
-    assert manifests.verify(folder) == []
+    assert kept_files.verify(folder) == []
 
 
 def test_bytes_that_changed_behind_an_unchanged_time_are_seen_when_asked(folder):
     path = folder / KEPT[0]
     flip(path, keep_time=True)
-    assert manifests.verify(folder) == []
-    (line,) = manifests.verify(folder, thorough=True)
+    assert kept_files.verify(folder) == []
+    (line,) = kept_files.verify(folder, thorough=True)
     assert str(path) in line and not path.exists()
 
 
 def test_a_touched_file_is_hashed_and_stays(folder):
     os.utime(folder / KEPT[0])
-    assert manifests.verify(folder) == [] and (folder / KEPT[0]).exists()
+    assert kept_files.verify(folder) == [] and (folder / KEPT[0]).exists()
 
 
 @pytest.mark.parametrize("name", ["artefacts/new.safetensors", "measurements/new.json"])
@@ -102,42 +102,42 @@ def test_a_file_nobody_recorded_is_taken_if_it_is_whole(folder, name):
     path = folder / name
     source = "artefacts/activations.safetensors" if "safetensors" in name else "03/result.json"
     path.write_bytes((folder / source).read_bytes())
-    assert manifests.verify(folder) == []
+    assert kept_files.verify(folder) == []
     other = path.with_stem("cut")
     other.write_bytes(path.read_bytes()[:-10])
-    (line,) = manifests.verify(folder)
+    (line,) = kept_files.verify(folder)
     assert str(other) in line and not other.exists() and path.exists()
 
 
 def test_what_a_job_writes_is_recorded_in_the_folder_of_its_batch(folder):
-    (folder / manifests.BATCH_LOCK).touch()
-    with manifests.recording(folder / "03"):
+    (folder / kept_files.BATCH_LOCK).touch()
+    with kept_files.recording(folder / "03"):
         files.write_json(folder / "measurements/row.json", {"value": [1]})
-    assert manifests.verify(folder) == []
-    assert not (folder / "03" / manifests.MANIFEST).exists()
+    assert kept_files.verify(folder) == []
+    assert not (folder / "03" / kept_files.MANIFEST).exists()
 
 
 def test_what_a_failed_job_has_finished_is_recorded(folder):
-    with pytest.raises(KeyError), manifests.recording(folder):
+    with pytest.raises(KeyError), kept_files.recording(folder):
         files.write_json(folder / "measurements/row.json", {"value": [1]})
         raise KeyError
-    assert manifests.verify(folder) == []
+    assert kept_files.verify(folder) == []
 
 
 def test_a_job_does_not_vouch_for_what_was_altered_before_it(folder):
     path = folder / KEPT[0]
     flip(path)
     os.utime(path, (time.time() - 60,) * 2)
-    with manifests.recording(folder):
+    with kept_files.recording(folder):
         files.write_json(folder / "measurements/row.json", {"value": [1]})
-    (line,) = manifests.verify(folder)
+    (line,) = kept_files.verify(folder)
     assert str(path) in line
 
 
 def test_a_job_killed_on_the_way_has_recorded_what_it_finished(folder):
     code = (
-        "import sys, time; from dfrot_lab import files, manifests; manifests._PERIOD = 0.2\n"
-        "with manifests.recording(sys.argv[1]):\n"
+        "import sys, time; from dfrot_lab import files, kept_files; kept_files._PERIOD = 0.2\n"
+        "with kept_files.recording(sys.argv[1]):\n"
         "    files.write_json(sys.argv[1] + '/measurements/row.json', {'value': [1]})\n"
         "    print('written', flush=True)\n"
         "    time.sleep(60)\n"
@@ -146,28 +146,28 @@ def test_a_job_killed_on_the_way_has_recorded_what_it_finished(folder):
     assert job.stdout.readline() == b"written\n"
     wanted = files.sha256(folder / "measurements/row.json")
     for _ in range(100):
-        if manifests._read(folder)[0]["measurements/row.json"]["sha256"] == wanted:
+        if kept_files._read(folder)[0]["measurements/row.json"]["sha256"] == wanted:
             break
         time.sleep(0.1)
     job.kill()
     job.wait()
-    assert manifests.verify(folder) == []
+    assert kept_files.verify(folder) == []
     assert (folder / "measurements/row.json").exists()
 
 
 def test_a_damaged_manifest_is_said_and_made_anew(folder):
-    truncate(folder / manifests.MANIFEST)
-    os.truncate(folder / manifests.MANIFEST, 100)
-    (line,) = manifests.verify(folder)
+    truncate(folder / kept_files.MANIFEST)
+    os.truncate(folder / kept_files.MANIFEST, 100)
+    (line,) = kept_files.verify(folder)
     assert "damaged" in line
-    assert set(KEPT) <= set(files.read_json(folder / manifests.MANIFEST))
+    assert set(KEPT) <= set(files.read_json(folder / kept_files.MANIFEST))
 
 
 def test_jobs_are_waited_for(folder):
     said, order = [], []
 
     def job():
-        with manifests.recording(folder):
+        with kept_files.recording(folder):
             started.set()
             time.sleep(0.5)
             order.append("job")
@@ -176,7 +176,7 @@ def test_jobs_are_waited_for(folder):
     thread = threading.Thread(target=job)
     thread.start()
     started.wait()
-    manifests.wait_for_jobs(folder, said.append)
+    kept_files.wait_for_jobs(folder, said.append)
     order.append("batch")
     thread.join()
     assert order == ["job", "batch"] and len(said) == 1 and str(folder) in said[0]

@@ -1,4 +1,4 @@
-"""Manifest: the hash of every kept file of a folder, so that an altered or truncated one is noticed.
+"""Kept files: their hashes, so that an altered or truncated artefact, measurement or result is noticed.
 
 Artefacts, measurements and results are keyed by what they were made of, not by their bytes. Jobs record
 the hashes of what they write, every few seconds; a batch compares before it starts, under its lock and
