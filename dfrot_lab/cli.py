@@ -197,6 +197,11 @@ def collect(
 )
 @click.option("--symmetric", is_flag=True, help="The symmetric quantizer in the loop, as released.")
 @click.option("--iterations", type=int, help="Override the profile's number.")
+@click.option(
+    "--solver",
+    type=click.Choice(["svd", "fast"]),
+    help="The plain step, or the fast one (docs/optimiser.md).",
+)
 @_folder
 @click.option(
     "--out",
@@ -206,13 +211,13 @@ def collect(
 @click.pass_context
 def optimize(
     ctx, profile, model, corpus, every, start, gamma, seed, preset, form, symmetric, iterations,
-    folder, out,
+    solver, folder, out,
 ) -> None:  # fmt: skip
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
     _refuse(ctx, every, preset, out)
     from dfrot_lab import files, kept_files, rotations
 
-    lab = _lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
+    lab = _lab(profile, folder, model=model, corpus=corpus, iterations=iterations, solver=solver)
     if every:
         settings, made = profiles.load(profile), {}
         common, shared = settings["common"], settings["rotations"]
@@ -276,7 +281,7 @@ def _weights(function):
     kinds = click.Choice(["rtn", "gptq", "gptq-shared"])
     method = click.option("--method", type=kinds, default="gptq-shared", help=text)
     bits = click.option("--bits", default="4-4-16", help="Weights-activations-KV cache.")
-    seed = click.option("--seed", type=int, default=0, help="Of the rotation.")
+    seed = click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the rotation.")
     return bits(method(seed(function)))
 
 

@@ -102,6 +102,18 @@ def test_optimize_refuses_before_any_work(arguments, message, smoke, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_optimize_by_either_solver(smoke, tmp_path):
+    ends = {}
+    for solver in ("svd", "fast"):
+        out = tmp_path / f"{solver}.safetensors"
+        done = invoke("optimize", *smoke, "--solver", solver, "--out", str(out))
+        assert done.exit_code == 0, done.output
+        about = rotations.load(out)[1]
+        assert about.get("solver", "svd") == solver
+        ends[solver] = about["log"]["rotated"][-1]
+    assert ends["fast"] == pytest.approx(ends["svd"], rel=1e-3)
+
+
 def test_optimize_by_preset(smoke, tmp_path):
     found = {}
     for name in ("dfrot", "recommended"):
