@@ -35,14 +35,16 @@ def find(name: str, root: Path) -> Path:
     if name.endswith(".ipynb") and Path(name).is_file():
         return Path(name)
     folder = root / "notebooks"
-    stem = Path(name).stem
+    stem = Path(name).stem.zfill(2)
     found = [
         p for p in sorted(folder.glob("*.ipynb")) if p.stem == stem or p.stem.split("_")[0] == stem
     ]
     if not found:
-        known = (
-            ", ".join(p.stem for p in sorted(folder.glob("[0-9]*.ipynb"))) or f"none in {folder}"
-        )
+        known = ", ".join(p.stem for p in sorted(folder.glob("[0-9]*.ipynb")))
+        if not known:
+            raise NotebookError(
+                f"no notebooks in {folder}: run this from a checkout of the project"
+            )
         raise NotebookError(f"notebook {name!r} is unknown: use one of {known}")
     return found[0]
 
@@ -111,6 +113,8 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
     found = {name: typed(name, value, known[name][0]) for name, value in (values | given).items()}
     model_folders.check(found.get("model"))
     for name, value in found.items():
+        if name == "seeds" and not value:
+            raise NotebookError("parameter seeds = [] is empty: give at least one, such as '[0]'")
         for one in value if isinstance(value, list) else [value]:
             _check_value(name, one)
     return found

@@ -137,3 +137,15 @@ def test_notebook_defaults_are_the_demo_profile():
         known = notebooks.parameters(notebooks.find(name, ROOT))
         values = notebooks.resolve(notebooks.find(name, ROOT), "demo", {})
         assert {n: known[n][1] for n in values} == values
+
+
+def test_a_number_needs_no_zero_and_a_folder_without_notebooks_is_told(tmp_path):
+    assert notebooks.find("3", ROOT) == notebooks.find("03", ROOT)
+    with pytest.raises(notebooks.NotebookError, match="run this from a checkout of the project"):
+        notebooks.find("03", tmp_path)
+
+
+def test_no_seeds_are_refused():
+    file = notebooks.find("03", ROOT)
+    with pytest.raises(notebooks.NotebookError, match=r"seeds = \[\] is empty"):
+        notebooks.resolve(file, "smoke", {"seeds": []})
