@@ -24,7 +24,7 @@ def collect(model: nn.Module, tokens: Tensor) -> Tensor:
 
     tokens: [windows, seqlen]. Raises ActivationsError, naming the layer, at the first NaN or Inf.
     """
-    parts, found = models.layers(model), []
+    parts = models.layers(model)
     rows: list[list[Tensor]] = [[] for _ in parts]
 
     def keep(index: int):
@@ -45,8 +45,7 @@ def collect(model: nn.Module, tokens: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    found = [torch.cat(r) for r in rows]
-    return torch.stack(found)
+    return torch.stack([torch.cat(r) for r in rows])
 
 
 def refine(

@@ -83,6 +83,18 @@ def llama() -> nn.Module:
     return models.fold_gains(models.tiny("llama"))
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a tiny checkpoint in a folder, as from the hub; returns the folder."""
+
+    def save(kind="llama", name="source", **options):
+        folder = tmp_path / name
+        models.tiny(kind, **options).save_pretrained(folder)
+        return folder
+
+    return save
+
+
 def haar(d: int, seed: int = 0) -> Tensor:
     """A random orthogonal [d, d] in fp64 that owes nothing to the code under test."""
     return torch.from_numpy(ortho_group.rvs(d, random_state=seed))

@@ -53,18 +53,6 @@ def elsewhere(folder, tokens, tmp_path):
     return torch.load(away / "logits.pt")
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A tiny checkpoint in a folder, as from the hub."""
-
-    def save(kind="llama", name="source", **options):
-        folder = tmp_path / name
-        models.tiny(kind, **options).save_pretrained(folder)
-        return folder
-
-    return save
-
-
 def opened(folder):
     return sources.opened(str(folder))
 

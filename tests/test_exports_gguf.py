@@ -26,16 +26,6 @@ LLAMA3 = {
 
 
 @pytest.fixture
-def saved(tmp_path):
-    def save(kind="llama", name="source", **options):
-        folder = tmp_path / name
-        models.tiny(kind, **options).save_pretrained(folder)
-        return folder
-
-    return save
-
-
-@pytest.fixture
 def written(saved, tmp_path):
     """A tiny model of a kind, and its GGUF."""
 
