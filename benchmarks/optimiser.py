@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import records
 from dfrot_lab import dfrot, rotations
 from dfrot_lab.activations import Activations
 from dfrot_lab.massive import is_massive
@@ -157,7 +158,10 @@ def measure(d: int, rows: int, steps: int, device: str, low: bool) -> dict:
 
 
 def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) -> dict:
-    """Seconds until the held-back loss is what `iterations` published steps reach, and both ends."""
+    """Seconds until the held-back loss is what `iterations` published steps reach, and both ends.
+
+    same steps: as many of ours in fp32, without over-relaxation, for the final loss.
+    """
     x, held = planted(rows, d, 0), Activations.of(planted(16384, d, 7))
     start, weighting = rotations.random_hadamard(d, 0), Weighting(ALPHA)
     normal, massive = (part.to(device) for part in split(x))
@@ -175,6 +179,15 @@ def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) ->
     row["published loss"] = dfrot.loss(held, r.double().cpu(), SPEC, weighting)
     row["published off"] = rotations.orthogonality_error(r.double().cpu())
     wanted, x = row["published loss"], Activations.of(x)
+    began = time.perf_counter()
+    r, _ = dfrot.optimize(
+        x, start, SPEC, weighting, iterations=iterations, solver="fast", device=device,
+        dtype=torch.float32, progress="as many steps",
+    )  # fmt: skip
+    row["same steps s"] = time.perf_counter() - began
+    row["same steps loss"] = dfrot.loss(held, r, SPEC, weighting)
+    row["same steps off"] = rotations.orthogonality_error(r)
+    row["same steps loss over published"] = row["same steps loss"] / wanted
     dtype = torch.bfloat16 if low else torch.float32
     ways = {
         "relaxed": {"relax": 1.6, "dtype": dtype},
@@ -237,14 +250,20 @@ def main(
     assert checked["entries"] < 1e-8, f"the fast step is not the plain one: {checked}"
     print(f"gate: largest difference of R after a step {checked['entries']:.1e}")
     found = {"gate": checked, "steps": [], "equal": []}
+    found["provenance"] = records.provenance(torch.device(device), "torch")
+    if device == "cpu":
+        found["provenance"]["capability"] = torch.backends.cpu.get_cpu_capability()
+
+    def keep(kind: str, row: dict) -> None:
+        found[kind].append(row)
+        shown([row])
+        if out:
+            records.write_text(out, json.dumps(found, indent=2) + "\n")
+
     for size in filter(None, sizes.split(",")):
-        found["steps"].append(measure(*map(int, size.split(":")), steps, device, bf16))
-        shown(found["steps"][-1:])
+        keep("steps", measure(*map(int, size.split(":")), steps, device, bf16))
     for size in filter(None, equal.split(",")):
-        found["equal"].append(to_equal_loss(*map(int, size.split(":")), device, bf16))
-        shown(found["equal"][-1:])
-    if out:
-        out.write_text(json.dumps(found, indent=2) + "\n")
+        keep("equal", to_equal_loss(*map(int, size.split(":")), device, bf16))
 
 
 if __name__ == "__main__":
