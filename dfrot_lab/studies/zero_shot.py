@@ -235,7 +235,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         for r in result["differences"]
         if (r["bits"], r["a"], r["b"], r["task"]) == (bits, "DFRot(RH)", "RH", BOTH)
     )
-    for value, form in (("correct", _percent), ("logp", _nats)):
+    for value, form in (("correct", _points), ("logp", _nats)):
         out.append(
             Claim(
                 f"{bits}: DFRot's gain over RH is more than the items' noise, by "
@@ -266,6 +266,11 @@ def claims(result: dict[str, Any]) -> list[Claim]:
 
 def _percent(r: dict[str, float]) -> str:
     return f"{100 * r['mean']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
+
+
+def _points(r: dict[str, float]) -> str:
+    """A difference of two percentages."""
+    return f"{100 * r['mean']:.1f} points [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
 
 
 def _nats(r: dict[str, float]) -> str:
