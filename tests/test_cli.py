@@ -26,14 +26,23 @@ def smoke(tmp_path):
     return ("--profile", "smoke", "--folder", tmp_path)
 
 
-def test_help_lists_every_command():
+def test_help_lists_every_command_in_the_order_of_use():
     done = invoke("--help")
     assert done.exit_code == 0
-    for command in (
-        "assets", "batch", "collect", "eval", "gallery", "generate", "merge", "optimize", "plan",
-        "publish", "quantize", "redraw", "run",
-    ):  # fmt: skip
-        assert command in done.output
+    listed = done.output.split("Commands:\n")[1]
+    assert re.findall(r"^  ([\w-]+)", listed, re.M) == [
+        "assets", "run", "batch", "plan", "redraw", "verify", "publish", "gallery",
+        "collect", "optimize", "merge", "quantize", "eval", "generate",
+        "export", "import-rotation", "lock",
+    ]  # fmt: skip
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "dfrot_lab.cli", "export", "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert all(verb in done.stdout for verb in ("compressed", "gguf", "hf", "rotation"))
 
 
 def test_completion_script():
