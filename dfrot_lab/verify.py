@@ -64,7 +64,7 @@ def verify(
     wanted = asked or (known if every else known & (made | first))
     altered = None if _unlisted(reference) else manifest.check(reference)
     inputs = {n: _inputs(_provenance(folder / n)) for n in sorted(made & wanted)}
-    hashes = _hashes(folder, altered, inputs)
+    hashes = _hashes(folder, reference, altered, inputs)
     altered = altered or {}
     notebooks = []
     for name in sorted(wanted):
@@ -106,27 +106,35 @@ def _unlisted(reference: Path) -> bool:
 
 
 def _hashes(
-    folder: Path, altered: dict[str, str] | None, inputs: dict[str, dict[str, Any]]
+    folder: Path, reference: Path, altered: dict[str, str] | None, inputs: dict[str, dict[str, Any]]
 ) -> list[Line]:
-    """A line each for the reference's files, the packaged assets and the kept artefacts.
+    """A line each for the reference's files, the packaged assets, the kept files and their inputs.
 
     inputs: notebook → the hashes its provenance has recorded.
     """
     if altered is None:
-        lines = [Line("hash", "reference", "not compared", f"(it has no {manifest.NAME})")]
+        lines = [_kept("reference", reference)]
     else:
         lines = [_wrong("reference", altered, f"every file as in {manifest.NAME}")]
     recorded = {k: v for found in inputs.values() for k, v in found.get("assets", {}).items()}
     if recorded:
         good = f"{', '.join(sorted(recorded))}: SHA-256 of the cached files as pinned"
         lines.append(_wrong("assets", manifest.check_assets(recorded), good))
+    lines.append(_kept("kept files", folder))
     if (folder / "artefacts").is_dir():
         tokens = {
             n: v["calibration_tokens"] for n, v in inputs.items() if "calibration_tokens" in v
         }
-        good = "rotations hashed, lengths checked, calibration tokens as recorded"
-        lines.append(_wrong("artefacts", manifest.check_artefacts(folder, tokens), good))
+        good = "assets and calibration tokens as recorded in the results"
+        lines.append(_wrong("artefacts", manifest.check_inputs(folder, tokens), good))
     return lines
+
+
+def _kept(name: str, folder: Path) -> Line:
+    wrong, good = manifest.check_kept(folder)
+    if wrong or good:
+        return _wrong(name, wrong, good)
+    return Line("hash", name, "not compared", f"(nothing in {folder} was recorded by its hash)")
 
 
 def _wrong(name: str, wrong: dict[str, str], good: str) -> Line:

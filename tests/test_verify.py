@@ -5,12 +5,14 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from dfrot_lab import assets, files, manifest, pictures, results
+from dfrot_lab import assets, files, kept_files, manifest, pictures, results
 from dfrot_lab.cli import app
 from dfrot_lab.verify import VerifyError, verify
 
@@ -34,7 +36,15 @@ def trees(tmp_path):
     for file in (reference / NAME).iterdir():
         within = NAME if file.suffix == ".json" else f"{NAME}/figures"
         shutil.copyfile(file, made / within / file.name)
+    (made / kept_files.BATCH_LOCK).touch()
+    recorded(made)
     return made, reference
+
+
+def recorded(made):
+    """As after a run: the hashes of what is there now."""
+    (made / kept_files.MANIFEST).unlink(missing_ok=True)
+    assert kept_files.verify(made) == []
 
 
 def statuses(report):
@@ -67,10 +77,12 @@ def test_as_committed(trees):
 def test_one_digit_of_a_result_fails_the_figures_drawn_from_it(trees):
     made, reference = trees
     edit(made / NAME / "result.json", lambda r: r["exempted"][1].update(pairs=874))
+    recorded(made)
     report = verify("demo", made, reference)
     assert statuses(report) == {
         "reference": "reproduced",
         "assets": "reproduced",
+        "kept files": "reproduced",
         "exempted_tokens": "differs",
         "massive_tokens_fp16": "differs",  # its caption counts them
         "result.json": "differs",
@@ -119,13 +131,57 @@ def test_elsewhere_numbers_may_move_within_the_spread_and_no_further(trees, undr
     elsewhere(made)
     path = made / NAME / "result.json"
     edit(path, lambda r: r["first_token"][0].update(first=35.9))  # 1.9 %
+    recorded(made)
     report = verify("demo", made, reference)
-    assert statuses(report)["result.json"] == "reproduced"
+    assert report.reproduced and statuses(report)["result.json"] == "reproduced"
     assert "processor another processor against" in "\n".join(report.text())
     edit(path, lambda r: r["first_token"][0].update(first=45.2))
     report = verify("demo", made, reference)
     assert statuses(report)["result.json"] == "differs"
     assert "first_token[0].first" in "\n".join(report.text())
+
+
+def test_elsewhere_one_digit_within_the_tolerance_fails_by_its_hash(trees, undrawn):
+    made, reference = trees
+    elsewhere(made)
+    assert verify("demo", made, reference).reproduced
+    path = made / NAME / "result.json"
+    edit(path, lambda r: r["first_token"][0].update(first=r["first_token"][0]["first"] + 0.001))
+    report = verify("demo", made, reference)
+    assert statuses(report)["result.json"] == "reproduced"
+    assert [line.name for line in report.lines if line.failed] == ["kept files"]
+    assert f"({NAME}/result.json altered)" in "\n".join(report.text())
+    assert report.verdict.startswith("NOT REPRODUCED: 2 of 2 figures reproduced; 1 line")
+
+
+def test_one_byte_of_an_artefact_fails(trees, undrawn):
+    made, reference = trees
+    path = made / "artefacts" / "hessians" / "layer-000.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file({"H": np.ones(64)}, path)
+    recorded(made)
+    assert verify("demo", made, reference).reproduced
+    path.write_bytes(path.read_bytes()[:-1] + b"\x3e")  # of a number, which stays one
+    report = verify("demo", made, reference)
+    assert [line.name for line in report.lines if line.failed] == ["kept files"]
+    assert "artefacts/hessians/layer-000.safetensors altered" in "\n".join(report.text())
+
+
+def test_hashes_that_nobody_recorded_are_told(trees):
+    made, reference = trees
+    (made / kept_files.MANIFEST).unlink()
+    report = verify("demo", made, reference)
+    assert statuses(report)["kept files"] == "not compared"
+
+
+def test_a_reference_of_results_is_hashed_by_what_its_jobs_recorded(trees):
+    made, _ = trees
+    other = Path(shutil.copytree(made, made.parent / "others"))
+    assert verify("demo", made, other).reproduced
+    edit(other / NAME / "result.json", lambda r: r["first_token"][0].update(first=1))
+    report = verify("demo", made, other)
+    assert statuses(report)["reference"] == "differs"
+    assert statuses(report)["kept files"] == "reproduced"
 
 
 def test_a_claim_that_turns_fails_elsewhere(trees, undrawn):
