@@ -24,6 +24,7 @@ __all__ = ["VerifyError", "verify"]
 # what makes a notebook; the rest is asked for by number
 MADE_BY = {"01": "figures", "02": "figures", "03": "figures", "04": "figures"}
 MADE_BY |= {"05": "tables", "06": "tables", "07": "kernels", "08": "theory", "09": "objectives"}
+MADE_BY |= {"10": "zeroshot"}
 _MACHINE = ("processor", "system", "threads", "cuda", "python")
 _PLACE = ("device", "threads")  # parameters that say where, not what
 _DRAWING = ("matplotlib",)
@@ -69,21 +70,31 @@ def verify(
     notebooks = []
     for name in sorted(wanted):
         if name in made:
-            notebooks.append(_notebook(name, folder, reference, altered, tolerant))
+            told = _notebook(name, folder, reference, altered, tolerant)
         else:
             detail = f"no result in {folder / name}: run `{_target(name)}`"
-            lines = [
-                Line("figure", n, "missing", detail) for n in pictures.expected(name, reference)
-            ]
-            lines = lines or [Line("notebook", name, "missing", detail)]
-            notebooks.append(NotebookReport(name, "missing", lines))
+            names = pictures.expected(name, reference)
+            told = NotebookReport(name, "missing", _each(name, names, "missing", detail))
+        told.lines.extend(
+            Line("figure", n, "not compared", "(it shows what was timed)")
+            for n in pictures.timed(name, reference)
+        )
+        notebooks.append(told)
     for name in [] if asked else sorted((known | made) - wanted):
         if name in known:
-            line = Line("notebook", name, "not run", f"(`{_target(name)}` runs it)")
+            about = f"not run (`{_target(name)}` runs it)"
+            names = pictures.expected(name, reference) + pictures.timed(name, reference)
+            notebooks.append(NotebookReport(name, about, _each(name, names, "not run")))
         else:
             line = Line("notebook", name, "not compared", "(the reference does not hold it)")
-        notebooks.append(NotebookReport(name, line.status, [line]))
-    return Report(profile, str(reference), hashes, notebooks)
+            notebooks.append(NotebookReport(name, line.status, [line]))
+    return Report(profile, str(reference), hashes, notebooks, tuple(sorted(asked)))
+
+
+def _each(notebook: str, figures: list[str], status: str, detail: str = "") -> list[Line]:
+    """The same of every figure of a notebook; of the notebook where it has none."""
+    lines = [Line("figure", name, status, detail) for name in figures]
+    return lines or [Line("notebook", notebook, status, detail)]
 
 
 def _notebooks(folder: Path) -> set[str]:

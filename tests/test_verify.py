@@ -69,7 +69,8 @@ def elsewhere(made):
 
 def test_as_committed(trees):
     report = verify("demo", *trees)
-    assert report.reproduced and "2 of 2 figures reproduced" in report.verdict
+    assert report.verdict == "REPRODUCED: 2 of 2 committed figures reproduced"
+    assert report.reproduced
     assert set(statuses(report).values()) == {"reproduced"}
     json.dumps(report.as_json(), allow_nan=False)
 
@@ -151,7 +152,7 @@ def test_elsewhere_one_digit_within_the_tolerance_fails_by_its_hash(trees, undra
     assert statuses(report)["result.json"] == "reproduced"
     assert [line.name for line in report.lines if line.failed] == ["kept files"]
     assert f"({NAME}/result.json altered)" in "\n".join(report.text())
-    assert report.verdict.startswith("NOT REPRODUCED: 2 of 2 figures reproduced; 1 line")
+    assert report.verdict.startswith("NOT REPRODUCED: 2 of 2 committed figures reproduced; 1 line")
 
 
 def test_one_byte_of_an_artefact_fails(trees, undrawn):
@@ -167,11 +168,12 @@ def test_one_byte_of_an_artefact_fails(trees, undrawn):
     assert "artefacts/hessians/layer-000.safetensors altered" in "\n".join(report.text())
 
 
-def test_hashes_that_nobody_recorded_are_told(trees):
+def test_hashes_that_nobody_recorded_are_told_in_the_verdict(trees):
     made, reference = trees
     (made / kept_files.MANIFEST).unlink()
     report = verify("demo", made, reference)
     assert statuses(report)["kept files"] == "not compared"
+    assert report.verdict.endswith("figures reproduced; no hashes of kept files")
 
 
 def test_a_reference_of_results_is_hashed_by_what_its_jobs_recorded(trees):
@@ -221,14 +223,41 @@ def test_not_run_is_no_failure_unless_asked_for(trees):
     for other in ("02_ro_vs_rh_error", "09_objectives"):
         shutil.copytree(ROOT / "figures" / other, reference / other)
     manifest.write(reference)
-    found = statuses(verify("demo", made, reference))
+    report = verify("demo", made, reference)
+    found = statuses(report)
     assert found["error_scatter"] == "missing"  # of the first four
-    assert found["09_objectives"] == "not run"
+    assert found["prefix_in_cache"] == "not run"
+    assert report.not_run == ["09_objectives"]
+    assert "2 of 10 committed figures reproduced; notebook 09 not run;" in report.verdict
     report = verify("demo", made, reference, asked=[NAME])
-    assert report.reproduced and "09_objectives" not in statuses(report)
+    assert report.reproduced and "prefix_in_cache" not in statuses(report)
+    assert report.verdict == "REPRODUCED: 2 of 2 committed figures of 03 reproduced"
     assert not verify("demo", made, reference, asked=["09_objectives"]).reproduced
     assert statuses(verify("demo", made, reference, every=True))["prefix_in_cache"] == "missing"
-    assert "`make objectives` runs it" in "\n".join(verify("demo", made, reference).text())
+    assert "09_objectives: not run (`make objectives` runs it)" in "\n".join(
+        verify("demo", made, reference).text()
+    )
+
+
+def test_the_verdict_says_how_much_of_what_is_committed_was_run(trees):
+    made, reference = trees
+    for other in ("07_int4_kernels", "09_objectives"):
+        shutil.copytree(ROOT / "figures" / other, reference / other)
+    manifest.write(reference)
+    report = verify("demo", made, reference)
+    assert report.reproduced
+    assert report.verdict == (
+        "REPRODUCED AS FAR AS RUN: 2 of 9 committed figures reproduced; notebooks 07, 09 not run"
+    )
+    shutil.copytree(reference / "07_int4_kernels", made / "07_int4_kernels")
+    recorded(made)
+    report = verify("demo", made, reference)
+    assert report.reproduced and report.figures["not compared"] == 2
+    assert report.verdict == (
+        "REPRODUCED AS FAR AS RUN: 4 of 9 committed figures reproduced; notebook 09 not run; "
+        "2 timed, never compared"
+    )
+    assert report.as_json()["figures"]["committed"] == 9
 
 
 def test_nothing_to_compare(trees, tmp_path):
@@ -286,7 +315,7 @@ def test_exit_status_and_json(trees, tmp_path):
     there = ("demo", "--folder", made, "--against", reference)
     done = invoke(*there, "--json", tmp_path / "verdict.json")
     assert done.exit_code == 0, done.output
-    assert done.output.splitlines()[-1].startswith("REPRODUCED: 2 of 2 figures")
+    assert done.output.splitlines()[-1].startswith("REPRODUCED: 2 of 2 committed figures")
     assert files.read_json(tmp_path / "verdict.json")["reproduced"] is True
     (made / NAME / "figures" / "exempted_tokens.md").write_text("another caption\n")
     done = invoke(*there, "--json", tmp_path / "verdict.json")
@@ -301,7 +330,7 @@ def test_exit_status_and_json(trees, tmp_path):
     ("arguments", "said"),
     [
         (["no-such-profile"], "profile 'no-such-profile' is unknown"),
-        (["smoke"], "profile 'smoke' has no committed reference: name one with --against FOLDER"),
+        (["smoke"], "profile 'smoke' has no committed reference (figures/ holds demo"),
         (["demo", "--only", "77"], "notebook '77' is unknown"),
         (["demo", "--folder", "nowhere"], "nowhere holds no NOTEBOOK/result.json"),
     ],

@@ -52,7 +52,8 @@ def verify(profile, folder, against, only, every, tolerant, out) -> None:
         profiles.load(profile)
         if against is None and profile != "demo":
             raise verifying.VerifyError(
-                f"profile {profile!r} has no committed reference: name one with --against FOLDER"
+                f"profile {profile!r} has no committed reference (figures/ holds demo; "
+                "docs/reproducing.md says why): name other results with --against FOLDER"
             )
         names = [notebooks.find(name, root).stem for name in only]
         report = verifying.verify(
