@@ -134,7 +134,7 @@ def _hashes(
             n: v["calibration_tokens"] for n, v in inputs.items() if "calibration_tokens" in v
         }
         good = "assets and calibration tokens as recorded in the results"
-        lines.append(_wrong("artefacts", manifest.check_inputs(folder, tokens), good))
+        lines.append(_wrong("inputs of artefacts", manifest.check_inputs(folder, tokens), good))
     return lines
 
 

@@ -78,7 +78,7 @@ def test_a_grid_is_laid_out_by_its_axes(trial):
     (grid,) = grids.read([root / "results" / "smoke"], root, entries.Scrubber())
     measured, claims = grid.tables
     assert (measured.across, measured.names) == ("bits", ("of", "seeds"))
-    assert (measured.what, claims.what) == ("perplexity", "claims")
+    assert (measured.kind, claims.kind) == ("perplexity", "claim")
     assert measured.values == claims.values == ("16-4-16", "16-8-16", "16-16-16")
     rows = {names: [c and c.text for c in cells] for names, cells in measured.rows}
     assert rows == {  # the bits are in the header; an sd only of several seeds; ∞ as it is

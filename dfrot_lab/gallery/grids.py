@@ -27,14 +27,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class GridTable:
-    """What one notebook measured or claimed over the grid: "claims", "perplexity" or "measurements".
+    """What one notebook measured or claimed over the grid: "perplexity", "accuracy", … or "claim".
 
     names: what a row is called by; values: of the axis `across`; rows: (names, cells), None where there
     is no such point or no result.
     """
 
     notebook: str
-    what: str
+    kind: str
     across: str
     names: tuple[str, ...]
     values: tuple[str, ...]
@@ -93,17 +93,16 @@ def _read(path: Path, root: Path, scrub: Scrubber) -> Grid:
         if lost := sorted(_KEYS - set(summary)):
             raise ValueError(f"no {', '.join(lost)}")
         text = scrub(path.with_suffix(".csv").read_text(encoding="utf-8"))
-        every = [
-            _table(summary, n, claims) for n in summary["notebooks"] for claims in (False, True)
+        shown = [
+            _table(summary, n, kind) for n in summary["notebooks"] for kind in _kinds(summary, n)
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GalleryError(
             f"{path} is damaged or of an older version ({type(error).__name__}: {error}): run "
             f"`dfrot-lab batch --experiment {name}` again"
         ) from error
-    shown = tuple(t for t in every if t.rows)
     origin = inside(path.parent.parent, root)
-    return Grid(name, origin, summary, text, shown, _provenance(path.parent))
+    return Grid(name, origin, summary, text, tuple(shown), _provenance(path.parent))
 
 
 def _provenance(folder: Path) -> Table:
@@ -127,20 +126,22 @@ def _provenance(folder: Path) -> Table:
     return Table("What each result was found with", header, tuple(rows), frozenset({5}))
 
 
-def _table(summary: dict[str, Any], notebook: str, claims: bool) -> GridTable:
+def _kinds(summary: dict[str, Any], notebook: str) -> list[str]:
+    """What a notebook measured, then its claims."""
+    found = dict.fromkeys(r["kind"] for r in summary["rows"] if r["notebook"] == notebook)
+    return sorted(found, key="claim".__eq__)
+
+
+def _table(summary: dict[str, Any], notebook: str, kind: str) -> GridTable:
     axes = {a["name"]: a["values"] for a in summary["axes"]}
     # seeds repeat a measurement: down the page, unless there is nothing else
     across = max(axes, key=lambda k: (k != "seeds", len(axes[k])), default="")
     down = [k for k in axes if k != across and len(axes[k]) > 1]
-    own = [
-        r for r in summary["rows"] if r["notebook"] == notebook and (r["kind"] == "claim") == claims
-    ]
-    kinds = {r["kind"] for r in own}
-    what = "claims" if claims else "measurements" if len(kinds) > 1 else "".join(kinds)
     found: dict[tuple[str, ...], dict[str, Cell]] = {}
-    for row in own:
-        name = row["quantity"] if claims else _quantity(row, axes).removeprefix(f"{what} of ")
-        found.setdefault((name, *(row[k] for k in down)), {})[row.get(across, "")] = _cell(row)
+    for row in summary["rows"]:
+        if (row["notebook"], row["kind"]) == (notebook, kind):
+            names = (_quantity(row, axes), *(row[k] for k in down))
+            found.setdefault(names, {})[row.get(across, "")] = _cell(row)
     # rows of one quantity together, in the order in which quantities and then points come
     order = {q: i for i, q in enumerate(dict.fromkeys(names[0] for names in found))}
     values = axes.get(across, [""])
@@ -148,14 +149,17 @@ def _table(summary: dict[str, Any], notebook: str, claims: bool) -> GridTable:
         (names, tuple(found[names].get(v) for v in values))
         for names in sorted(found, key=lambda names: order[names[0]])
     ]
-    head = ("claim" if claims else "of", *down)
-    return GridTable(notebook, what, across, head, tuple(values), tuple(rows))
+    head = ("claim" if kind == "claim" else "of", *down)
+    return GridTable(notebook, kind, across, head, tuple(values), tuple(rows))
 
 
 def _quantity(row: dict[str, Any], axes: dict[str, list[str]]) -> str:
-    """What was measured, without the values of the axes, which the table says."""
+    """Of what, without its kind and the values of the axes, which the table says; a claim as it is."""
+    if row["kind"] == "claim":
+        return row["quantity"]
     said = {f"{k} {row[k]}" for k in axes}
-    return ", ".join(word for word in row["quantity"].split(", ") if word not in said)
+    words = row["quantity"].removeprefix(f"{row['kind']} of ").split(", ")
+    return ", ".join(word for word in words if word not in said)
 
 
 def _cell(row: dict[str, Any]) -> Cell:
