@@ -23,7 +23,7 @@ NOTEBOOKS = {
     "07_int4_kernels": (["int4_kernels", "int4_model", "int4_speed"], 4500, 20),
     "08_why_it_works": (["why_it_works", "landscape", "perplexities"], 3000, 10),
     "09_objectives": (["objectives", "perplexities"], 5500, 240),
-    "10_zero_shot": (["zero_shot"], 5000, 360),
+    "10_zero_shot": (["zero_shot", "zero_shot_claims"], 5000, 360),
 }
 REFINED = ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives", "10_zero_shot")
 GRID = experiments.find(config["experiment"], PROFILE, Path.cwd()) if config.get("experiment") else None
