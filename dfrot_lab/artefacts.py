@@ -119,12 +119,13 @@ class Artefacts:
     @cached_property
     def lm(self) -> nn.Module:
         """The floating-point model, gains folded."""
-        return models.load(self.model, dtype=self.dtype, device=self.device)
+        at = models.commit(self.model)  # the one that kept files are named by
+        return models.load(self.model, revision=at, dtype=self.dtype, device=self.device)
 
     @cached_property
     def tokenizer(self):
         """The model's tokenizer."""
-        return models.load_tokenizer(self.model)
+        return models.load_tokenizer(self.model, revision=models.commit(self.model))
 
     @cached_property
     def calibration_tokens(self) -> Tensor:

@@ -58,6 +58,7 @@ __all__ = [
     "norm_sites",
     "of_shape",
     "preserve_norm_dtype",
+    "snapshot",
     "tiny",
 ]
 
@@ -107,14 +108,21 @@ def identity(model_id: str) -> str:
     return str([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts if p.is_file()])
 
 
-def commit(model_id: str) -> str | None:
-    """The commit that `model_id` on the hub is at, or last was in the local cache; None for other models."""
-    return _commit(model_id) if _on_hub(model_id) else None
+def commit(model_id: str, revision: str | None = None) -> str | None:
+    """The commit that `revision` of `model_id` on the hub is; None for other models. Errors as `load`."""
+    return snapshot(model_id, revision).name if _on_hub(model_id) else None
 
 
 @lru_cache  # one process, one commit; and the hub is asked once
-def _commit(model_id: str) -> str | None:
-    return getattr(load_config(model_id), "_commit_hash", None)
+def snapshot(model_id: str, revision: str | None = None) -> Path:
+    """The folder of the hub's local cache for a commit of `model_id`, config.json there; errors as `load`.
+
+    With the hub out of reach: the commit that was fetched last.
+    """
+    transformers = _transformers()
+    with _plain_errors(model_id):
+        file = transformers.utils.cached_file(model_id, "config.json", revision=revision)
+        return Path(file).parent
 
 
 def _on_hub(model_id: str) -> bool:

@@ -49,12 +49,8 @@ def of(model: str) -> Owner:
         with tempfile.TemporaryDirectory() as folder:
             models.load(model, fold=False).save_pretrained(folder)
             return Owner(model, None, fingerprint(folder))
-    revision = models.commit(model)
-    if revision is not None:
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(model, "config.json", revision=revision)
-        folder = Path(config).parent if isinstance(config, str) else None
+    if (revision := models.commit(model)) is not None:
+        folder = models.snapshot(model)
     else:
         folder = Path(models.load_config(model).name_or_path)
         if model == "demo":
@@ -62,7 +58,7 @@ def of(model: str) -> Owner:
         elif Path(model).is_file():
             revision = files.sha256(model)
     try:
-        return Owner(model, revision, folder and fingerprint(folder))
+        return Owner(model, revision, fingerprint(folder))
     except ModelError:  # weights in another form, such as .bin: the revision or the name decides
         return Owner(model, revision)
 
