@@ -90,7 +90,7 @@ def check(path: str | Path, known: dict[str, Any], owner: Owner) -> None:
     """RotationError unless the rotation in `path`, of metadata `known`, was made for `owner`.
 
     Where both have a fingerprint it decides, whatever the names; else the revision and the name. A file
-    that has neither is let by only where the owner has neither too, and then the name decides.
+    that has nothing to compare is let by only where the owner has neither; then the name decides.
     """
     ours = owner.about
     if known.get("model") is None:
@@ -101,10 +101,10 @@ def check(path: str | Path, known: dict[str, Any], owner: Owner) -> None:
     common = [n for n in ("fingerprint", "revision") if None not in (known.get(n), ours[n])]
     if not common and (owner.fingerprint or owner.revision):
         raise RotationError(
-            f"{path} says neither fingerprint nor revision of the {known['model']!r} it was made for, so "
-            f"that nobody can tell whether it belongs to {owner.model!r} as it is now: make it with {_MAKE}"
+            f"{path} says no fingerprint or revision of the {known['model']!r} it was made for that could be "
+            f"compared with {owner.model!r} as it is now: make it with {_MAKE}"
         )
-    for name in common[:1] if "fingerprint" in common else [*common, "model"]:
+    for name in ["fingerprint"] if "fingerprint" in common else [*common, "model"]:
         if known[name] != ours[name]:
             raise RotationError(
                 f"{path} was made for {known['model']!r}: its {name} is {known[name]}, that of "

@@ -9,10 +9,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dfrot_lab import owners, rotations
+from dfrot_lab import checkpoints, owners, rotations
 from dfrot_lab.owners import Owner
+from dfrot_lab.rotations import Rotations
 
-__all__ = ["RotationFile", "RotationFileError", "load"]
+__all__ = ["RotationFile", "RotationFileError", "for_merging", "load"]
 
 
 class RotationFileError(ValueError):
@@ -49,6 +50,17 @@ def load(path: str | Path, owner: Owner, d: int, head_dim: int) -> RotationFile:
         with safe_open(path, framework="pt") as f:
             r2 = rotations.check(f.get_tensor("R2"), head_dim, f"R2 in {path}")
     return RotationFile(r1, r2, about)
+
+
+def for_merging(path: str | Path, model: str, folder: Path, *, r2: bool = True) -> Rotations:
+    """R1 of `path` for the checkpoint of `model` in `folder`; r2: also the file's R2, or else a Hadamard.
+
+    Raises what `load` and `checkpoints.sizes` raise.
+    """
+    d, size = checkpoints.sizes(folder)
+    found = load(path, Owner(model, None, owners.fingerprint(folder)), d, size)
+    second = rotations.random_hadamard(size) if found.R2 is None else found.R2
+    return Rotations(R1=found.R1, R2=second if r2 else None)
 
 
 def _held(path: str | Path) -> dict[str, list[int]]:
