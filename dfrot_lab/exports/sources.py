@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from dfrot_lab import assets, checkpoints, files, models, rotation_files, rotations
+from dfrot_lab.exports import workplaces
 from dfrot_lab.owners import Owner, fingerprint
 from dfrot_lab.rotations import Rotations
 
@@ -114,12 +115,12 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
         yield _checked(_from_hub(model, revision))
     else:
         gguf = assets.path("smollm2") if model == "demo" else path if path.is_file() else None
-        with tempfile.TemporaryDirectory(prefix=".partial-source-", dir=near) as name:
+        with workplaces.beside((near or Path(tempfile.gettempdir())) / "source") as work:
             lm = models.load(model, fold=False)
-            lm.save_pretrained(name)
-            models.load_tokenizer(model).save_pretrained(name)
+            lm.save_pretrained(work / "model")
+            models.load_tokenizer(model).save_pretrained(work / "model")
             del lm
-            yield _checked(Source(Path(name), model, gguf and files.sha256(gguf), gguf))
+            yield _checked(Source(work / "model", model, gguf and files.sha256(gguf), gguf))
 
 
 def _from_hub(model: str, revision: str | None) -> Source:
