@@ -25,6 +25,7 @@ __all__ = ["BatchError", "run"]
 
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 _CODE = (".py", ".yml", ".json", ".mplstyle")
+FIGURES = 4  # the notebooks that are run where none is named, as in the Snakefile
 _GRACE = 5.0  # seconds in which the processes of a killed batch are gone
 
 
@@ -54,7 +55,8 @@ def run(
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
     killed run leaves behind, is not used. Snakemake inherits it and dies with this process; jobs that
     outlive both are waited for by the next batch. Raises BatchError if another batch holds the folder,
-    or if what is installed is not the code of the checkout.
+    or if what is installed is not the code of the checkout; and before anything starts what
+    `notebooks.resolve` raises, for every notebook and every point.
     """
     if not (root / "Snakefile").is_file():
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
@@ -65,6 +67,10 @@ def run(
     grid = experiments.find(experiment, profile, root) if experiment else None
     if grid:
         experiments.check(grid)
+    else:
+        every = sorted(p.stem for p in (root / "notebooks").glob("[0-9]*.ipynb"))
+        for name in notebooks or every[:FIGURES]:
+            sources.resolve(root / "notebooks" / f"{name}.ipynb", profile, {})
     folder = root / "results" / Path(profile).stem
     folder.mkdir(parents=True, exist_ok=True)
     limits = ["--cores", cores, "--resources", f"mem_mb={memory}", f"gpu={gpus}", "hessians=1"]

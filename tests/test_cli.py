@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from dfrot_lab import assets, models, rotations
+from dfrot_lab import assets, batches, models, rotations
 from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +225,18 @@ def test_redraw_of_nothing_says_what_to_run(tmp_path):
         ("base: smoke\nnotebooks: {03: [windows]}\n", r"notebook 03 = \['windows'\] is not a map"),
         ("common: [1]\n", r"common = \[1\] is not a mapping"),
         ("- 1\n", "is not a mapping: use"),
+        ("base: smoke\ncommon: {bits: 17-4-16}\n", "bits = '17-4-16': each is 2 to 16"),
+        ("base: smoke\nnotebooks: {05: {all_bits: [4-4-4, 4-1-4]}}\n", "all_bits: .*'4-1-4'"),
+        ("base: smoke\nnotebooks: {05: {gptq: rtn}}\n", "'rtn': use one of gptq, gptq-shared"),
+        (
+            "base: smoke\nnotebooks: {09: {objectives: [whipp]}}\n",
+            "'whipp' is unknown: use .*whip,",
+        ),
+        ("base: smoke\nnotebooks: {10: {method: awq}}\n", "method = 'awq': use one of rtn, gptq,"),
+        ("base: smoke\nnotebooks: {03: {windos: 3}}\n", r"sets \['windos'\] for 03_massive"),
+        ("base: smoke\nnotebooks: {03: {windows: x}}\n", "windows = 'x' is not of type int"),
+        ("base: smoke\ncommon: {site: layer.0.mlp}\n", "'layer.0.mlp': use layers.N.attention or"),
+        ("base: smoke\nrotations: {starts: [RX]}\n", r"starts = \['RX'\]: use a list of RH, RO"),
         ("common: {a: [1\n", "is not YAML"),
     ],
 )
@@ -242,6 +254,7 @@ def test_a_wrong_profile_is_told_before_anything_starts(tmp_path, command, text,
     [
         ("windows", "-1", "windows = -1 is negative: use 0 or more"),
         ("bits", "16-4", "bits = '16-4': use W-A-KV, such as '4-4-16'"),
+        ("bits", "16-17-4", "bits = '16-17-4': each is 2 to 16"),
         ("seeds", "1.5", r"seeds = 1.5 is not of type list: write '\[0, 1\]'"),
     ],
 )
@@ -250,3 +263,13 @@ def test_a_wrong_value_is_told_before_anything_starts(tmp_path, name, value, sai
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1 and re.search(said, done.output), done.output
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("site", ["layers.2.mlp", "layers.0.attn"])
+def test_a_site_that_the_model_has_not_starts_no_batch(tmp_path, site, monkeypatch):
+    monkeypatch.setattr(batches, "_supervised", lambda *_: pytest.fail("started"))
+    profile = tmp_path / "mine.yml"
+    profile.write_text(f"base: smoke\ncommon: {{site: {site}}}\n")
+    done = invoke("batch", "--profile", profile, "--only", "02")
+    assert done.exit_code != 0 and f"site = '{site}'" in done.output
+    assert not (ROOT / "results" / "mine").exists()

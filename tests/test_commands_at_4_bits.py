@@ -99,6 +99,26 @@ def test_errors_are_one_line(arguments, said, smoke, tmp_path, monkeypatch):
     assert done.exit_code == 1 and len(errors) == 1 and said in errors[0], done.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("quantize", "--out", "q", "--bits", "17-4-16"), "bits = '17-4-16': each is 2 to 16"),
+        (("quantize", "--out", "q", "--rotation", "R5"), "rotation 'R5' is unknown"),
+        (("quantize", "--out", "q", "--gamma", "-1"), "gamma = -1.0 is negative"),
+        (("quantize", "--out", "q", "--corpus", "nowhere"), "unknown corpus 'nowhere'"),
+        (("eval", "--bits", "4-4-1"), "bits = '4-4-1': each is 2 to 16"),
+        (("eval", "--rotation", "FP", "--rotation", "RX"), "rotation 'RX' is unknown"),
+        (("eval", "--rotation", "no.safetensors"), "no.safetensors does not exist"),
+        (("generate", "Hi", "--bits", "4-4"), "bits = '4-4': use W-A-KV"),
+    ],
+)
+def test_wrong_values_are_told_before_anything_is_loaded(arguments, said, smoke, monkeypatch):
+    for name in ("load", "load_tokenizer"):
+        monkeypatch.setattr(models, name, lambda *_, **__: pytest.fail("loaded"))
+    done = invoke(arguments[0], *smoke, *arguments[1:])
+    assert done.exit_code == 1 and said in done.output, done.output
+
+
 def test_generate_is_greedy_and_says_how_far_it_follows_floating_point(lab):
     rows = side_by_side.texts(lab, "The newline", tokens=6, method="rtn")
     assert [r["name"] for r in rows] == ["FP", "RH W4A4", "DFRot W4A4"]
