@@ -177,7 +177,10 @@ def test_merge_names_the_tensors_of_a_file_without_r(tmp_path):
 def test_plan_says_memory_disk_and_time():
     done = invoke("plan", "--profile", "smoke")
     assert done.exit_code == 0, done.output
-    assert all(word in done.output for word in ("memory", "disk", "04_dfrot", "in all"))
+    assert all(word in done.stdout for word in ("memory", "disk", "04_dfrot", "in all"))
+    said = done.stderr.splitlines()
+    assert said[0].startswith("timing one and two layers of the shape of 'tiny:llama' here: ")
+    assert "timing: 100%" in done.stderr and "timing" not in done.stdout
 
 
 def test_a_missing_asset_names_the_command(monkeypatch, tmp_path):

@@ -104,6 +104,8 @@ def batch(
 def plan(profile: str) -> None:
     """Say what `make figures` of a profile, and its other notebooks, will take; runs none of them."""
     options.check(profile)
+    told = f"timing one and two layers of the shape of {profiles.load(profile)['common']['model']!r} here"
+    click.echo(f"{told}: forward pass, quantizing, GPTQ, refinement", err=True)
     from dfrot_lab import plans
 
     click.echo("\n".join(plans.plan(profile).lines()))
