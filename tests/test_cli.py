@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -248,8 +249,46 @@ def test_a_wrong_profile_is_told_before_anything_starts(tmp_path, command, text,
     profile = tmp_path / "mine.yml"
     profile.write_text(text)
     done = CliRunner().invoke(app, [*command, "--profile", str(profile)])
-    assert done.exit_code == 1 and re.search(said, done.output), done.output
+    assert done.exit_code == 2 and re.search(said, done.output), done.output
     assert "Traceback" not in done.output and len(done.output.splitlines()) < 3
+
+
+def commands(group, *above):
+    """(its words, itself) of every command below `group`."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *above, name)
+        else:
+            yield (*above, name), command
+
+
+OF_A_PROFILE = [
+    (words, command)
+    for words, command in commands(app)
+    if any(p.name == "profile" for p in command.params)
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), OF_A_PROFILE, ids=[" ".join(words) for words, _ in OF_A_PROFILE]
+)
+def test_an_unknown_profile_is_status_2_of_every_command(words, command, tmp_path):
+    needed = {"notebook": ["03"], "prompt": ["Hi"], "rotation": ["--rotation", "RH"]}
+    needed["out"] = ["--out", tmp_path / "R1.safetensors"]
+    arguments = [a for p in command.params if p.required for a in needed[p.name]]
+    named = next(p for p in command.params if p.name == "profile")
+    asked = ["huge"] if isinstance(named, click.Argument) else ["--profile", "huge"]
+    done = invoke(*words, *asked, *arguments)
+    assert done.exit_code == 2, done.output
+    assert "profile 'huge' is unknown: use demo, full" in done.output
+    assert len(done.output.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_those_commands_are_all():
+    assert {" ".join(words) for words, _ in OF_A_PROFILE} == {
+        "assets", "run", "batch", "plan", "verify", "gallery", "collect", "optimize", "quantize",
+        "eval", "generate", "export compressed", "export rotation",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

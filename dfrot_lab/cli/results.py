@@ -113,6 +113,7 @@ def gallery(folder: Path | None, profile: str, out: Path | None) -> None:
     """
     from dfrot_lab import gallery as sites
 
+    profiles.path(profile)  # an unknown one is told
     root = project_root()
     out = out or root / options.home(profile) / "gallery"
     shown = sites.build(
