@@ -64,6 +64,7 @@ def run(
 
 @click.command()
 @click.option("--profile", help="As elsewhere.  [default: the experiment's, else demo]")
+@options.folder
 @click.option("--cores", default="all", help="Number of cores, or 'all'.")
 @click.option("--memory", type=int, default=8000, help="MiB that all local jobs together may use.")
 @click.option("--gpus", type=int, default=1, help="GPUs that all local jobs together may use.")
@@ -76,6 +77,7 @@ def run(
 @click.option("--check", is_flag=True, help="Hash every kept file first, not only changed ones.")
 def batch(
     profile: str | None,
+    folder: Path | None,
     cores: str,
     memory: int,
     gpus: int,
@@ -95,8 +97,12 @@ def batch(
         profile = profile or experiments.default_profile(experiment, root)
     stems = [p.stem for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))]
     names = stems if every else [notebooks.find(name, root).stem for name in only]
-    how = {"gpus": gpus, "experiment": experiment, "executor": executor, "check": check}
-    raise SystemExit(batches.run(profile or "demo", root, cores, memory, names, **how))
+    raise SystemExit(
+        batches.run(
+            profile or "demo", root, cores, memory, names, folder=folder, gpus=gpus,
+            experiment=experiment, executor=executor, check=check,
+        )
+    )  # fmt: skip
 
 
 @click.command()
