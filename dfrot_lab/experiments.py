@@ -269,16 +269,8 @@ def summarize(experiment: Experiment) -> str:
         rows += [about | told for row in result.get("table", []) for told in _told(row)]
     folder = experiment.root / experiment.folder
     files.write_json(folder / "summary.json", {"rows": rows, "missing": missing})
-    columns = [
-        "notebook",
-        *experiment.points[0].values,
-        "kind",
-        "quantity",
-        "value",
-        "sd",
-        "n",
-        "agrees",
-    ]
+    columns = ["notebook", *experiment.points[0].values, "kind", "quantity", "value"]
+    columns += ["sd", "n", "agrees"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
