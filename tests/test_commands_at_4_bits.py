@@ -134,6 +134,29 @@ def test_generate_is_greedy_and_says_how_far_it_follows_floating_point(lab):
     assert found == written[: len(found)]
 
 
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        (" a word\nand é 中 ", "a word\nand é 中"),
+        ("\x05x\x1b[2J\u200b", r"\x05x\x1b[2J\u200b"),
+        (" \x05\n", "no text that can be printed; token ids 8 13"),
+        ("", "no text that can be printed; token ids 8 13"),
+    ],
+)
+def test_every_text_can_be_seen(text, seen):
+    assert side_by_side.visible(text, [8, 13]) == seen
+
+
+def test_generate_of_a_random_model_is_seen_and_says_so(smoke, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    done = invoke("generate", "Hi", *smoke, "--method", "rtn", "--tokens", 12)
+    assert done.exit_code == 0, done.output
+    assert "model 'tiny:llama' has random weights" in done.stderr
+    assert all(c.isprintable() or c == "\n" for c in done.stdout)
+    first = done.stdout.splitlines()[2]
+    assert all(first[at : at + 30].strip() for at in (0, 34, 68))  # a text in every column
+
+
 def test_columns_fit_the_terminal():
     rows = [
         {"name": n, "text": "word " * 30, "same": k, "tokens": 30}

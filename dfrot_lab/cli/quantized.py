@@ -98,6 +98,9 @@ def generate(prompt, profile, model, corpus, bits, method, seed, tokens, chat, f
 
     values.check(bits=bits, tokens=tokens)
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
+    if lab.model.startswith("tiny:"):
+        told = f"model {lab.model!r} has random weights: what it writes means nothing"
+        click.echo(told, err=True)
     how = {"tokens": tokens, "bits": bits, "method": method, "seed": seed, "chat": chat}
     rows = side_by_side.texts(lab, prompt, **how)
     click.echo(side_by_side.columns(rows, shutil.get_terminal_size((100, 24)).columns))
