@@ -110,7 +110,7 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
     for name in ("model", "corpus"):  # the kernel starts elsewhere
         if isinstance(given.get(name), str) and Path(given[name]).exists():
             given = given | {name: str(Path(given[name]).resolve())}
-    found = _checked(own | given, known)
+    found = _checked(own | given, known, own if profile in profiles.names() else {})
     model_folders.check(found.get("model"))
     all_of_them = {name: default for name, (_, default) in known.items()} | found
     values.check_sites(*(all_of_them.get(name) for name in ("model", "site", "sites")))
@@ -128,7 +128,7 @@ def check_profile(profile: str, folder: Path) -> None:
         return
     for name, own in profiles.check(profile, {n: set(p) for n, p in every.items()}).items():
         try:
-            _checked(own, every[name])
+            _checked(own, every[name], own if profile in profiles.names() else {})
         except (NotebookError, values.ParameterError) as error:
             raise profiles.ProfileError(f"profile {profile!r}, {name}: {error}") from error
 
@@ -138,16 +138,19 @@ def _known(folder: Path) -> dict[str, dict[str, tuple[str, Any]]]:
     return {p.stem: parameters(p) for p in sorted(folder.glob("[0-9]*.ipynb"))}
 
 
-def _checked(given: dict[str, Any], known: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+def _checked(
+    given: dict[str, Any], known: dict[str, tuple[str, Any]], sound: dict[str, Any]
+) -> dict[str, Any]:
     """`given` as the parameters' types; NotebookError or ParameterError for what is none of their values.
 
-    What a notebook has by default is sound, and is not looked at: that would take importing torch.
+    What a notebook has by default and what is in `sound`, a packaged profile, the tests have held against
+    the parsers: it is not looked at again, which would take importing torch.
     """
     found = {name: typed(name, value, known[name][0]) for name, value in given.items()}
     for name, value in found.items():
         if name == "seeds" and not value:
             raise NotebookError("parameter seeds = [] is empty: give at least one, such as '[0]'")
-        tried = _listed(known[name][1])
+        tried = [*_listed(known[name][1]), *_listed(sound.get(name))]
         values.check(**{name: [one for one in _listed(value) if one not in tried]})
     return found
 

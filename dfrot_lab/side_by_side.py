@@ -75,9 +75,9 @@ def _encoded(lab: Lab, prompt: str, tokens: int, chat: bool) -> torch.Tensor:
 
 
 def visible(text: str, tokens: list[int]) -> str:
-    """`text` with what cannot be printed escaped as in Python; the ids of its `tokens` where all is blank."""
-    if not any(c.isprintable() and not c.isspace() for c in text):
-        return f"no text that can be printed; token ids {' '.join(map(str, tokens))}"
+    """`text` with what cannot be printed escaped as in Python; the ids of its `tokens` where it is blank."""
+    if not text.strip():
+        return f"blank; token ids {' '.join(map(str, tokens))}"
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text.strip())
 
 

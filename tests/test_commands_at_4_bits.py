@@ -139,8 +139,9 @@ def test_generate_is_greedy_and_says_how_far_it_follows_floating_point(lab):
     [
         (" a word\nand é 中 ", "a word\nand é 中"),
         ("\x05x\x1b[2J\u200b", r"\x05x\x1b[2J\u200b"),
-        (" \x05\n", "no text that can be printed; token ids 8 13"),
-        ("", "no text that can be printed; token ids 8 13"),
+        (" \x05\n", r"\x05"),
+        (" \n", "blank; token ids 8 13"),
+        ("", "blank; token ids 8 13"),
     ],
 )
 def test_every_text_can_be_seen(text, seen):

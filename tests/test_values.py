@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_defaults_are_sound(notebook):
-    """They are not looked at again when a notebook runs."""
+    """They are not looked at again when a notebook runs; nor are profiles that come with the package."""
     for name, (_, default) in notebooks.parameters(notebook).items():
         values.check(**{name: default})
 
