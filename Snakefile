@@ -9,7 +9,7 @@ from dfrot_lab import experiments, profiles
 PROFILE = config.get("profile", "demo")
 SETTINGS = profiles.load(PROFILE)
 COMMON = SETTINGS["common"]
-HOME = f"results/{Path(PROFILE).stem}"
+HOME = str(Path(str(config.get("folder") or f"results/{Path(PROFILE).stem}")))
 
 # the notebooks, with the studies they use, and the memory (MiB) and time (minutes, three times what two
 # cores take) with the demo model; `resources:` of a profile says what they take with another
@@ -26,7 +26,7 @@ NOTEBOOKS = {
     "10_zero_shot": (["zero_shot", "zero_shot_claims"], 5000, 360),
 }
 REFINED = ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives", "10_zero_shot")
-GRID = experiments.find(config["experiment"], PROFILE, Path.cwd()) if config.get("experiment") else None
+GRID = experiments.find(config["experiment"], PROFILE, Path.cwd(), Path(HOME)) if config.get("experiment") else None
 # every set of values that a job may run with; each job reserves what the largest takes
 NAMED = [COMMON, *(COMMON | p.values for p in GRID.points)] if GRID else [COMMON]
 GPU = {"gpu": int(any(str(v["device"]).startswith("cuda") for v in NAMED))}

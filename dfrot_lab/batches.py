@@ -25,6 +25,7 @@ __all__ = ["BatchError", "run"]
 
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 _CODE = (".py", ".yml", ".json", ".mplstyle")
+FIGURES = 4  # the notebooks that are run where none is named, as in the Snakefile
 _GRACE = 5.0  # seconds in which the processes of a killed batch are gone
 
 
@@ -39,6 +40,7 @@ def run(
     memory: int,
     notebooks: Sequence[str] = (),
     *,
+    folder: Path | None = None,
     gpus: int = 1,
     experiment: str | None = None,
     executor: str = "local",
@@ -46,15 +48,17 @@ def run(
 ) -> int:
     """Run the Snakefile in `root` for `profile`; returns Snakemake's exit status.
 
-    notebooks: by their full names; none for the first four, or for all of the experiment's. cores,
-    memory (MiB) and gpus limit what all local jobs together use. experiment: a name in
-    experiments.yml, whose points are run instead. executor: a folder in cluster/, or the path of one,
-    with a Snakemake profile (config.yaml). check: hash every kept file first, see `kept_files.verify`.
+    notebooks: by their full names; none for the first four, or for all of the experiment's. folder: where
+    results go, relative to `root`; None: results/PROFILE. cores, memory (MiB) and gpus limit what all local
+    jobs together use. experiment: a name in experiments.yml, whose points are run instead. executor: a
+    folder in cluster/, or the path of one, with a Snakemake profile (config.yaml). check: hash every kept
+    file first, see `kept_files.verify`.
 
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
     killed run leaves behind, is not used. Snakemake inherits it and dies with this process; jobs that
     outlive both are waited for by the next batch. Raises BatchError if another batch holds the folder,
-    or if what is installed is not the code of the checkout.
+    or if what is installed is not the code of the checkout; and before anything starts what
+    `notebooks.resolve` raises, for every notebook and every point.
     """
     if not (root / "Snakefile").is_file():
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
@@ -62,10 +66,16 @@ def run(
     sources.check_profile(profile, root / "notebooks")
     where = _executor(executor, root)
     local = _is_local(where)
-    grid = experiments.find(experiment, profile, root) if experiment else None
+    home = Path(folder or Path("results") / Path(profile).stem)
+    home = home.relative_to(root) if home.is_relative_to(root) else home
+    grid = experiments.find(experiment, profile, root, home) if experiment else None
     if grid:
         experiments.check(grid)
-    folder = root / "results" / Path(profile).stem
+    else:
+        every = sorted(p.stem for p in (root / "notebooks").glob("[0-9]*.ipynb"))
+        for name in notebooks or every[:FIGURES]:
+            sources.resolve(root / "notebooks" / f"{name}.ipynb", profile, {})
+    folder = root / home
     folder.mkdir(parents=True, exist_ok=True)
     limits = ["--cores", cores, "--resources", f"mem_mb={memory}", f"gpu={gpus}", "hessians=1"]
     command = [
@@ -73,6 +83,8 @@ def run(
         *(limits if local else ["--resources", "hessians=1"]),
         "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
         f"experiment={experiment or ''}",
+        # Snakemake reads a value that looks like a number as one: `2024` is none with a folder in front
+        f"folder={home if home.is_absolute() else f'./{home}'}",
         "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "host",
         # jobs here say themselves what went wrong; of others only Snakemake knows, and where their logs are
         *(["rules"] if local else []),

@@ -116,8 +116,11 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
     return content[name]
 
 
-def find(name: str, profile: str, root: Path) -> Experiment:
-    """The experiment `name` of experiments.yml over `profile`, its parameters not yet checked."""
+def find(name: str, profile: str, root: Path, home: Path | None = None) -> Experiment:
+    """The experiment `name` of experiments.yml over `profile`, its parameters not yet checked.
+
+    home: where results go, relative to `root`; None: results/PROFILE.
+    """
     entry = _entry(name, root)
     asked, grid = entry.get("notebooks"), entry.get("grid")
     if not isinstance(asked, list) or not asked:
@@ -133,7 +136,7 @@ def find(name: str, profile: str, root: Path) -> Experiment:
         raise ExperimentError(
             f"experiment {name!r}: a name of letters, digits, - and _, no notebook's"
         )
-    home = Path("results") / Path(profile).stem
+    home = home or Path("results") / Path(profile).stem
     common = profiles.load(profile)["common"]
     combinations = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
     differing = [
@@ -266,16 +269,8 @@ def summarize(experiment: Experiment) -> str:
         rows += [about | told for row in result.get("table", []) for told in _told(row)]
     folder = experiment.root / experiment.folder
     files.write_json(folder / "summary.json", {"rows": rows, "missing": missing})
-    columns = [
-        "notebook",
-        *experiment.points[0].values,
-        "kind",
-        "quantity",
-        "value",
-        "sd",
-        "n",
-        "agrees",
-    ]
+    columns = ["notebook", *experiment.points[0].values, "kind", "quantity", "value"]
+    columns += ["sd", "n", "agrees"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from dfrot_lab import assets, models, owners, rotations
+from dfrot_lab import assets, batches, models, owners, rotations
 from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -26,14 +27,23 @@ def smoke(tmp_path):
     return ("--profile", "smoke", "--folder", tmp_path)
 
 
-def test_help_lists_every_command():
+def test_help_lists_every_command_in_the_order_of_use():
     done = invoke("--help")
     assert done.exit_code == 0
-    for command in (
-        "assets", "batch", "collect", "eval", "gallery", "generate", "merge", "optimize", "plan",
-        "publish", "quantize", "redraw", "run",
-    ):  # fmt: skip
-        assert command in done.output
+    listed = done.output.split("Commands:\n")[1]
+    assert re.findall(r"^  ([\w-]+)", listed, re.M) == [
+        "assets", "run", "batch", "plan", "redraw", "verify", "publish", "gallery",
+        "collect", "optimize", "merge", "quantize", "eval", "generate",
+        "export", "import-rotation", "lock",
+    ]  # fmt: skip
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "dfrot_lab.cli", "export", "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert all(verb in done.stdout for verb in ("compressed", "gguf", "hf", "rotation"))
 
 
 def test_completion_script():
@@ -170,7 +180,10 @@ def test_merge_names_the_tensors_of_a_file_without_r(tmp_path):
 def test_plan_says_memory_disk_and_time():
     done = invoke("plan", "--profile", "smoke")
     assert done.exit_code == 0, done.output
-    assert all(word in done.output for word in ("memory", "disk", "04_dfrot", "in all"))
+    assert all(word in done.stdout for word in ("memory", "disk", "04_dfrot", "in all"))
+    said = done.stderr.splitlines()
+    assert said[0].startswith("timing one and two layers of the shape of 'tiny:llama' here: ")
+    assert "timing: 100%" in done.stderr and "timing" not in done.stdout
 
 
 def test_a_missing_asset_names_the_command(monkeypatch, tmp_path):
@@ -218,6 +231,18 @@ def test_redraw_of_nothing_says_what_to_run(tmp_path):
         ("base: smoke\nnotebooks: {03: [windows]}\n", r"notebook 03 = \['windows'\] is not a map"),
         ("common: [1]\n", r"common = \[1\] is not a mapping"),
         ("- 1\n", "is not a mapping: use"),
+        ("base: smoke\ncommon: {bits: 17-4-16}\n", "bits = '17-4-16': each is 2 to 16"),
+        ("base: smoke\nnotebooks: {05: {all_bits: [4-4-4, 4-1-4]}}\n", "all_bits: .*'4-1-4'"),
+        ("base: smoke\nnotebooks: {05: {gptq: rtn}}\n", "'rtn': use one of gptq, gptq-shared"),
+        (
+            "base: smoke\nnotebooks: {09: {objectives: [whipp]}}\n",
+            "'whipp' is unknown: use .*whip,",
+        ),
+        ("base: smoke\nnotebooks: {10: {method: awq}}\n", "method = 'awq': use one of rtn, gptq,"),
+        ("base: smoke\nnotebooks: {03: {windos: 3}}\n", r"sets \['windos'\] for 03_massive"),
+        ("base: smoke\nnotebooks: {03: {windows: x}}\n", "windows = 'x' is not of type int"),
+        ("base: smoke\ncommon: {site: layer.0.mlp}\n", "'layer.0.mlp': use layers.N.attention or"),
+        ("base: smoke\nrotations: {starts: [RX]}\n", r"starts = \['RX'\]: use a list of RH, RO"),
         ("common: {a: [1\n", "is not YAML"),
     ],
 )
@@ -226,8 +251,46 @@ def test_a_wrong_profile_is_told_before_anything_starts(tmp_path, command, text,
     profile = tmp_path / "mine.yml"
     profile.write_text(text)
     done = CliRunner().invoke(app, [*command, "--profile", str(profile)])
-    assert done.exit_code == 1 and re.search(said, done.output), done.output
+    assert done.exit_code == 2 and re.search(said, done.output), done.output
     assert "Traceback" not in done.output and len(done.output.splitlines()) < 3
+
+
+def commands(group, *above):
+    """(its words, itself) of every command below `group`."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *above, name)
+        else:
+            yield (*above, name), command
+
+
+OF_A_PROFILE = [
+    (words, command)
+    for words, command in commands(app)
+    if any(p.name == "profile" for p in command.params)
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), OF_A_PROFILE, ids=[" ".join(words) for words, _ in OF_A_PROFILE]
+)
+def test_an_unknown_profile_is_status_2_of_every_command(words, command, tmp_path):
+    needed = {"notebook": ["03"], "prompt": ["Hi"], "rotation": ["--rotation", "RH"]}
+    needed["out"] = ["--out", tmp_path / "R1.safetensors"]
+    arguments = [a for p in command.params if p.required for a in needed[p.name]]
+    named = next(p for p in command.params if p.name == "profile")
+    asked = ["huge"] if isinstance(named, click.Argument) else ["--profile", "huge"]
+    done = invoke(*words, *asked, *arguments)
+    assert done.exit_code == 2, done.output
+    assert "profile 'huge' is unknown: use demo, full" in done.output
+    assert len(done.output.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_those_commands_are_all():
+    assert {" ".join(words) for words, _ in OF_A_PROFILE} == {
+        "assets", "run", "batch", "plan", "verify", "gallery", "collect", "optimize", "quantize",
+        "eval", "generate", "export compressed", "export rotation",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -235,6 +298,7 @@ def test_a_wrong_profile_is_told_before_anything_starts(tmp_path, command, text,
     [
         ("windows", "-1", "windows = -1 is negative: use 0 or more"),
         ("bits", "16-4", "bits = '16-4': use W-A-KV, such as '4-4-16'"),
+        ("bits", "16-17-4", "bits = '16-17-4': each is 2 to 16"),
         ("seeds", "1.5", r"seeds = 1.5 is not of type list: write '\[0, 1\]'"),
     ],
 )
@@ -243,3 +307,13 @@ def test_a_wrong_value_is_told_before_anything_starts(tmp_path, name, value, sai
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1 and re.search(said, done.output), done.output
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("site", ["layers.2.mlp", "layers.0.attn"])
+def test_a_site_that_the_model_has_not_starts_no_batch(tmp_path, site, monkeypatch):
+    monkeypatch.setattr(batches, "_supervised", lambda *_: pytest.fail("started"))
+    profile = tmp_path / "mine.yml"
+    profile.write_text(f"base: smoke\ncommon: {{site: {site}}}\n")
+    done = invoke("batch", "--profile", profile, "--only", "02")
+    assert done.exit_code != 0 and f"site = '{site}'" in done.output
+    assert not (ROOT / "results" / "mine").exists()

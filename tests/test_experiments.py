@@ -234,11 +234,12 @@ def test_the_summary_takes_accuracies(root):
     assert told[0]["quantity"] == "accuracy of RH, bits 4-4-16, task last_word"
 
 
-def dry_run(folder, experiment, profile="smoke"):
+def dry_run(folder, experiment, profile="smoke", home=""):
     """The jobs that Snakemake would start: [(rule, its wildcards, resources, input)]."""
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", "-n", "--snakefile", "Snakefile", "--cores", "1",
-         "--nolock", "--config", f"profile={profile}", "notebooks=", f"experiment={experiment}"],
+         "--nolock", "--config", f"profile={profile}", "notebooks=", f"experiment={experiment}",
+         f"folder={home}"],
         cwd=folder, text=True, capture_output=True, check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
     )  # fmt: skip
@@ -276,6 +277,19 @@ def test_snakemake_makes_what_is_shared_once(checkout):
         assert f"{home}/artefacts/activations.safetensors" in inputs
         assert (f"{home}/artefacts/rotations-trial.json" in inputs) == (name == REFINED)
         assert f"{folder}/profile.yml" in inputs and f"notebooks/{name}.ipynb" in inputs
+
+
+@pytest.mark.parametrize("home", ["./2024", "/elsewhere/my results"])
+def test_a_folder_of_its_own_has_all_that_a_grid_makes(checkout, home, tmp_path):
+    home = home.replace("/elsewhere", str(tmp_path))
+    grid(checkout, model=["tiny:llama", "tiny:qwen2"], seeds=[[0]])
+    found = experiments.find("trial", "smoke", checkout, Path(home))
+    experiments.prepare(found)
+    jobs = dry_run(checkout, "trial", home=home)
+    folders = {Path(w["home"] if "home" in w else w["folder"]) for r, w, *_ in jobs if r != "all"}
+    assert folders == {s.folder for s in found.shares} | {p.folder for p in found.points}
+    assert all(folder.is_relative_to(Path(home)) for folder in folders)
+    assert not (checkout / "results").exists()
 
 
 def test_hessians_are_as_many_windows_as_the_points_ask_for(checkout):

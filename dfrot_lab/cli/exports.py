@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from dfrot_lab import profiles
+from dfrot_lab.cli import options
 from dfrot_lab.presets import PRESETS
 
 __all__ = ["export", "import_rotation"]
@@ -60,8 +61,8 @@ def gguf(model, revision, rotation, seed, r2, out, dtype, pre, vocabulary) -> No
     """A GGUF file for llama.cpp, which quantizes it from there."""
     from dfrot_lab.exports import gguf as writer
 
-    options = {"dtype": dtype, "pre": pre, "vocabulary": vocabulary}
-    _write(writer.write, model, revision, rotation, seed, r2, out, **options)
+    how = {"dtype": dtype, "pre": pre, "vocabulary": vocabulary}
+    _write(writer.write, model, revision, rotation, seed, r2, out, **how)
 
 
 @export.command()
@@ -83,12 +84,12 @@ def compressed(
     from dfrot_lab.exports import compressed as writer
 
     common = profiles.load(profile)["common"]
-    options = {"bits": bits, "symmetric": symmetric, "packed": packed, "method": method}
-    options["clip_steps"] = common.get("clip_steps", 80)
+    how = {"bits": bits, "symmetric": symmetric, "packed": packed, "method": method}
+    how["clip_steps"] = common.get("clip_steps", 80)
     if method == "gptq":
         from dfrot_lab import corpora, models
 
-        options["calibration"] = corpora.load(
+        how["calibration"] = corpora.load(
             corpus or common["corpus"],
             "calibration",
             models.load_tokenizer(model, revision=revision),
@@ -96,15 +97,15 @@ def compressed(
             seqlen=common.get("seqlen", 2048),
             seed=common.get("calibration_seed", 0),
         )
-    _write(writer.write, model, revision, rotation, seed, r2, out, **options)
+    _write(writer.write, model, revision, rotation, seed, r2, out, **how)
 
 
-def _write(write, model, revision, rotation, seed, r2, out, **options) -> None:
+def _write(write, model, revision, rotation, seed, r2, out, **how) -> None:
     from dfrot_lab.exports import sources
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with sources.opened(model, revision, near=out.parent) as source:
-        found = write(source, out, sources.recipe(rotation, source, seed=seed, r2=r2), **options)
+        found = write(source, out, sources.recipe(rotation, source, seed=seed, r2=r2), **how)
     click.echo(f"{out}: {', '.join(found['merged']) or 'nothing'} merged")
 
 
@@ -134,14 +135,14 @@ def rotation(
         raise click.UsageError(
             f"--preset settles --{', --'.join(by_hand)}: leave one or the other out"
         )
-    from dfrot_lab import checkpoints, cli, models, rotations
+    from dfrot_lab import checkpoints, models, rotations
     from dfrot_lab.exports import rotation_files, sources
     from dfrot_lab.rotation_files import load
 
     if out.exists():
         raise sources.ExportError(f"{out} exists: choose another file, or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    lab = cli._lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
+    lab = options.lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
     with sources.opened(lab.model, revision, near=out.parent) as source:
         default = models.commit(lab.model)
         if revision and source.revision != default:

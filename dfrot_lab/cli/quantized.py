@@ -1,0 +1,106 @@
+"""Commands on quantized models: quantize, eval, generate."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from dfrot_lab import __version__, values
+from dfrot_lab.cli import options
+
+__all__ = ["evaluate", "generate", "quantize"]
+
+
+@click.command()
+@options.profile
+@options.model_and_corpus
+@click.option("--rotation", default="DFRot(RH)", help="NR, RO, RH, DFRot(RH), or a .safetensors.")
+@click.option("--gamma", type=float, default=100.0, help="Of DFRot.")
+@options.weights
+@options.folder
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
+def quantize(profile, model, corpus, rotation, gamma, bits, method, seed, folder, out) -> None:
+    """Rotate and quantize; write the dequantized weights as a Hugging Face folder.
+
+    Activations and KV cache are quantized at run time: `dfrot_lab.quantized_folder.load`.
+    """
+    from dfrot_lab import quantized_folder
+
+    values.check(rotation=rotation, gamma=gamma, bits=bits)
+    lab = options.quantizing(profile, folder, model=model, corpus=corpus)
+    if out.exists():
+        raise click.ClickException(f"{out} exists: choose another folder, or delete it")
+    spec = lab._spec(bits, "none", method, {})
+    built = lab._built(rotation, seed, spec, method, gamma)
+    about = {"model": lab.model, "rotation": rotation, "seed": seed, "bits": bits}
+    about |= {"gamma": gamma if rotation.startswith("DFRot") else None}
+    about |= {"method": method if spec.weights else None, "version": __version__}
+    click.echo(quantized_folder.save(built, lab.tokenizer, out, about))
+
+
+@click.command(name="eval")
+@options.profile
+@options.model_and_corpus
+@click.option("--rotation", multiple=True, help="Repeatable.  [default: FP, RO, RH and DFRot(RH)]")
+@click.option(
+    "--quantized", type=click.Path(path_type=Path), help="A folder of `quantize` instead."
+)
+@click.option("--gamma", type=float, default=100.0, help="Of DFRot.")
+@options.weights
+@click.option("--windows", type=int, default=2, help="Of perplexity; 0: the whole split.")
+@click.option("--zero-shot", is_flag=True, help="Also the two tasks that work offline.")
+@click.option(
+    "--task", multiple=True, help="Zero-shot tasks: piqa, …, mmlu with the hub; repeatable."
+)
+@click.option("--items", type=int, default=500, help="Of each of our own tasks.")
+@options.folder
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Also write the numbers there (.json)."
+)
+def evaluate(
+    profile, model, corpus, rotation, quantized, gamma, bits, method, seed, windows, zero_shot,
+    task, items, folder, out,
+) -> None:  # fmt: skip
+    """Perplexity, and zero-shot accuracy through lm-eval, as a table; what is measured is kept."""
+    from dfrot_lab import files, scores
+    from dfrot_lab.zero_shot import OFFLINE
+
+    names = list(rotation) or ["FP", "RO", "RH", "DFRot(RH)"]
+    rotated = [name for name in names if name != "FP"]
+    values.check(rotation=rotated, gamma=gamma, bits=bits, windows=windows, items=items)
+    tasks = list(dict.fromkeys([*(OFFLINE if zero_shot else ()), *task]))
+    lab = options.quantizing(profile, folder, model=model, corpus=corpus)
+    if quantized:
+        rows = [scores.of_folder(lab, quantized, windows=windows, tasks=tasks, items=items)]
+    else:
+        rows = scores.measured(
+            lab, names, seed, bits=bits, method=method, gamma=gamma, windows=windows,
+            tasks=tasks, items=items,
+        )  # fmt: skip
+    if out:
+        files.write_json(out, {"rows": rows, "about": lab.about})
+    click.echo(scores.scores_table(rows))
+
+
+@click.command()
+@click.argument("prompt")
+@options.profile
+@options.model_and_corpus
+@options.weights
+@click.option("--tokens", type=int, default=60, help="How many to write.")
+@click.option("--chat", is_flag=True, help="PROMPT is a message, in the model's chat template.")
+@options.folder
+def generate(prompt, profile, model, corpus, bits, method, seed, tokens, chat, folder) -> None:
+    """Continue PROMPT greedily in floating point, with RH and with DFRot at 4 bits, side by side."""
+    from dfrot_lab import side_by_side
+
+    values.check(bits=bits, tokens=tokens)
+    lab = options.quantizing(profile, folder, model=model, corpus=corpus)
+    if lab.model.startswith("tiny:"):
+        told = f"model {lab.model!r} has random weights: what it writes means nothing"
+        click.echo(told, err=True)
+    how = {"tokens": tokens, "bits": bits, "method": method, "seed": seed, "chat": chat}
+    rows = side_by_side.texts(lab, prompt, **how)
+    click.echo(side_by_side.columns(rows, shutil.get_terminal_size((100, 24)).columns))

@@ -1,0 +1,139 @@
+"""Commands that make R1 and merge it: collect, optimize, merge."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from dfrot_lab import profiles
+from dfrot_lab.cli import options
+from dfrot_lab.presets import PRESETS
+
+__all__ = ["collect", "merge", "optimize"]
+
+
+@click.command()
+@options.profile
+@options.model_and_corpus
+@options.folder
+@click.option("--hessians", type=int, help="Instead, Hessians for GPTQ from so many windows.")
+def collect(
+    profile: str,
+    model: str | None,
+    corpus: str | None,
+    folder: Path | None,
+    hessians: int | None,
+) -> None:
+    """Collect the calibration activations: the outputs of every in-layer norm."""
+    from dfrot_lab import kept_files
+
+    lab = options.lab(profile, folder, model=model, corpus=corpus, weight_windows=hessians)
+    with kept_files.recording(lab.folder):
+        if hessians:
+            click.echo(f"Hessians of {hessians} windows in {lab.hessians.folder}")
+            return
+        x = lab.activations
+        click.echo(f"{len(x.sites)} sites × {x.X.shape[1]} tokens × {x.d} channels")
+
+
+@click.command()
+@options.profile
+@options.model_and_corpus
+@click.option("--all", "every", is_flag=True, help="Every rotation the profile's notebooks share.")
+@click.option("--start", type=click.Choice(["RH", "RO"]), default="RH")
+@click.option(
+    "--gamma", type=float, default=100.0, help="Weight of massive rows; inf for them alone."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the start.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="A named way to refine, instead of --gamma, --iterations, --form and --symmetric.",
+)
+@click.option(
+    "--form", type=click.Choice(["sum", "group_mean"]), default="sum", help="Of the loss."
+)
+@click.option("--symmetric", is_flag=True, help="The symmetric quantizer in the loop, as released.")
+@click.option("--iterations", type=int, help="Override the profile's number.")
+@click.option(
+    "--solver",
+    type=click.Choice(["svd", "fast"]),
+    help="The plain step, or the fast one (docs/optimiser.md).",
+)
+@options.folder
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Also write R1 there (.safetensors); with --all, their names and hashes (.json).",
+)
+@click.pass_context
+def optimize(
+    ctx, profile, model, corpus, every, start, gamma, seed, preset, form, symmetric, iterations,
+    solver, folder, out,
+) -> None:  # fmt: skip
+    """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
+    _refuse(ctx, every, preset, out)
+    from dfrot_lab import files, kept_files, rotations
+
+    lab = options.lab(
+        profile, folder, model=model, corpus=corpus, iterations=iterations, solver=solver
+    )
+    if every:
+        settings, made = profiles.load(profile), {}
+        common, shared = settings["common"], settings["rotations"]
+        wanted = product(shared["starts"], common["seeds"], shared.get("gammas", [common["gamma"]]))
+        with kept_files.recording(lab.folder):
+            for kind, n, weight in wanted:
+                path = lab.rotation_file(f"DFRot({kind})", n, gamma=weight)
+                made[path.name] = files.sha256(path)
+                click.echo(path)
+            if out:
+                files.write_json(out, made)
+        return
+    how = {"gamma": gamma, "form": form, "symmetric": symmetric}
+    with kept_files.recording(lab.folder):
+        if preset:
+            path = PRESETS[preset].rotation_file(lab, seed, start)
+        else:
+            path = lab.rotation_file(f"DFRot({start})", seed, **how)
+    if out:
+        rotations.save(out, *rotations.load(path))
+    click.echo(out or path)
+
+
+def _refuse(ctx: click.Context, every: bool, preset: str | None, out: Path | None) -> None:
+    """Options of `optimize` that contradict each other, told before any work."""
+    by_hand = ["gamma", "form", "symmetric"]
+    settled = {"preset": [*by_hand, "iterations"]} if preset else {}
+    settled |= {"all": ["start", "seed", "preset", *by_hand]} if every else {}
+    for one, others in settled.items():
+        given = [n for n in others if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+        if given:
+            told = ", ".join(f"--{name}" for name in given)
+            raise click.UsageError(f"--{one} settles {told}: leave one or the other out")
+    suffix = ".json" if every else ".safetensors"
+    if out and out.suffix != suffix:
+        what = "names and hashes" if every else "R1 as safetensors"
+        raise click.UsageError(f"--out {out} gets {what}: give it the ending {suffix}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--rotation", required=True, help="R1 as .safetensors, from `optimize`.")
+@click.option(
+    "--r2/--no-r2", default=True, help="Also R2 of every head: the file's, or a Hadamard."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
+def merge(model: str, rotation: str, r2: bool, out: Path) -> None:
+    """Merge R1 (and R2) into the safetensors checkpoint in folder MODEL, tensor by tensor.
+
+    MODEL may also be 'demo' or a .gguf file: then its dequantized folder is read.
+    """
+    from dfrot_lab import checkpoints, model_folders, rotation_files
+
+    source = model_folders.find(model)
+    both = rotation_files.for_merging(rotation, model, source, r2=r2)
+    click.echo(checkpoints.merge(source, out, both))
