@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import logits
 
-from dfrot_lab import models, quantized_folder, side_by_side
+from dfrot_lab import models, profiles, quantized_folder, side_by_side
 from dfrot_lab.cli import app
 from dfrot_lab.lab import Lab
 from dfrot_lab.models import ModelError
@@ -158,6 +159,23 @@ def test_generate_of_a_random_model_is_seen_and_says_so(smoke, monkeypatch):
     assert all(c.isprintable() or c == "\n" for c in done.stdout)
     first = done.stdout.splitlines()[2]
     assert all(first[at : at + 30].strip() for at in (0, 34, 68))  # a text in every column
+
+
+def test_generate_prints_the_three_models_side_by_side(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    options = ("--method", "rtn", "--bits", "4-4-4", "--seed", 1, "--tokens", 6)
+    done = invoke("generate", "The newline", *smoke, *options)
+    assert done.exit_code == 0, done.output
+    common = profiles.load("smoke")["common"]
+    known = {f.name: common[f.name] for f in fields(Lab) if f.name in common}
+    rows = side_by_side.texts(
+        Lab(**known, folder=tmp_path / "lab"), "The newline", tokens=6, bits="4-4-4", method="rtn",
+        seed=1,
+    )  # fmt: skip
+    assert [r["name"] for r in rows] == ["FP", "RH W4A4KV4", "DFRot W4A4KV4"]
+    assert done.stdout == side_by_side.columns(rows, 90) + "\n"
+    assert done.stdout.splitlines()[0].split() == ["FP", "RH", "W4A4KV4", "DFRot", "W4A4KV4"]
+    assert list((tmp_path / "lab").rglob("DFRot-RH-*.safetensors"))  # refined, and kept
 
 
 def test_columns_fit_the_terminal():

@@ -30,16 +30,16 @@ try:
     sys.exit("dfrot_lab can be imported here")
 except ImportError:
     pass
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-tokens = torch.load(sys.argv[2])
-with torch.inference_mode():
-    torch.save(model(tokens, use_cache=False).logits, sys.argv[3])
+torch.set_num_threads(1)
+for i, folder in enumerate(sys.argv[1:]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        torch.save(model(torch.load("tokens.pt"), use_cache=False).logits, f"{i}.pt")
 """
 
 
-def elsewhere(folder, tokens, tmp_path):
-    """Logits of `folder` from a new process without this package."""
-    away = tmp_path / "away"
+def elsewhere(folders, tokens, away):
+    """Logits of each of `folders` from one new process without this package, which runs in `away`."""
     away.mkdir()
     torch.save(tokens, away / "tokens.pt")
     # the editable install is a path hook: with -S it is not set up, site-packages are given by hand
@@ -47,11 +47,11 @@ def elsewhere(folder, tokens, tmp_path):
     environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join(packages), "HOME": str(away)}
     done = subprocess.run(
-        [sys.executable, "-S", "-c", ELSEWHERE, folder, "tokens.pt", "logits.pt"],
+        [sys.executable, "-S", "-c", ELSEWHERE, *folders],
         cwd=away, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return torch.load(away / "logits.pt")
+    return [torch.load(away / f"{i}.pt") for i in range(len(folders))]
 
 
 def opened(folder):
@@ -65,20 +65,64 @@ def invoke(*arguments):
 # --- Hugging Face ---------------------------------------------------------------------------------
 
 
-def test_a_folder_computes_the_same_in_a_process_without_this_package(saved, tmp_path):
+FAMILIES = [(kind, how) for kind in models.ARCHITECTURES for how in ("RH", "refined")]
+
+
+def refined(model, folder, *options):
+    """The path of an R1 (and R2) refined for `model`, as `export rotation` writes it."""
+    out = folder / "R1.safetensors"
+    done = invoke(
+        "export", "rotation", "--model", model, "--folder", folder, "--out", out, *options
+    )
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """(folder, R1, logits of `random_tokens` elsewhere) of every family's exports; one process for all."""
+    base, made = tmp_path_factory.mktemp("reloaded"), {}
+    for kind, how in FAMILIES:
+        model, out = f"tiny:{kind}", base / f"{kind}-{how}"
+        file = refined(model, base / kind, "--profile", "smoke") if how == "refined" else how
+        done = invoke("export", "hf", "--model", model, "--rotation", file, "--out", out)
+        assert done.exit_code == 0, done.output
+        r1 = rotations.load(file)[0] if how == "refined" else rotations.random_hadamard(64)
+        made[kind, how] = out, r1
+    found = elsewhere([out for out, _ in made.values()], random_tokens(), base / "away")
+    return {k: (*v, found[i]) for i, (k, v) in enumerate(made.items())}
+
+
+@pytest.mark.parametrize(("kind", "how"), FAMILIES)
+def test_a_folder_computes_the_same_in_a_process_without_this_package(reloaded, kind, how):
+    folder, r1, found = reloaded[kind, how]
+    original = models.tiny(kind)
+    assert relative(found, logits(original, random_tokens())) < 1e-5
+    # and it is another model than the original: the rotation is there
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    wanted = (original.model.embed_tokens.weight.double() @ r1).float()
+    torch.testing.assert_close(table, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_the_demo_model_refined_computes_the_same_in_a_process_without_this_package(tmp_path):
+    file = refined("demo", tmp_path / "lab", "--profile", "demo", "--iterations", "2")
+    out, ids = tmp_path / "out", checks.tokens(49152)
+    done = invoke("export", "hf", "--rotation", file, "--out", out)
+    assert done.exit_code == 0, done.output
+    original = models.load("demo", fold=False)
+    assert relative(elsewhere([out], ids, tmp_path / "away")[0], logits(original, ids)) < 1e-4
+    table = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    wanted = original.model.embed_tokens.weight.double() @ rotations.load(file)[0]
+    assert relative(table, wanted) < 1e-5
+
+
+def test_a_folder_says_what_it_holds(saved, tmp_path):
     source = saved()
     done = invoke("export", "hf", "--model", source, "--rotation", "RH", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "gains, R1, R2 merged" in done.output
-    tokens = random_tokens()
-    found = elsewhere(tmp_path / "out", tokens, tmp_path)
-    original = transformers.AutoModelForCausalLM.from_pretrained(source)
-    assert relative(found, logits(original, tokens)) < 1e-5
-    # and it is another model than the original: the rotation is there
-    mine = load_file(tmp_path / "out" / "model.safetensors")
-    r = rotations.random_hadamard(64).float()
-    wanted = original.model.embed_tokens.weight @ r
-    torch.testing.assert_close(mine["model.embed_tokens.weight"], wanted, rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     about = config["dfrot_export"]
     assert config["dfrot_merged"] == about["merged"] == ["gains", "R1", "R2"]
@@ -341,6 +385,18 @@ def test_a_transposed_file_is_turned_back(tmp_path):
     np.save(tmp_path / "R1.npy", haar(16).mT.float().numpy())
     r, _ = rotation_files.read_npy(tmp_path / "R1.npy", 16, transpose=True)
     assert (r - haar(16)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("options", [(), ("--transpose",)])
+def test_the_command_turns_a_transposed_file_back_if_told(tmp_path, options):
+    np.save(tmp_path / "R1.npy", haar(64).mT.float().numpy())
+    out = tmp_path / "R1.safetensors"
+    done = invoke("import-rotation", tmp_path / "R1.npy", "--model", "tiny:llama", *options,
+                  "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    r, about = rotations.load(out, 64)
+    assert (r - (haar(64) if options else haar(64).mT)).abs().max() < 1e-7
+    assert about["model"] == "tiny:llama" and about["imported"]["after"] < 1e-13
 
 
 @pytest.mark.parametrize(

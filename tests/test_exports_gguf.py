@@ -253,6 +253,42 @@ def test_an_unknown_pre_tokenizer_asks_for_its_name(saved, tmp_path):
     assert value(format.GGUFReader(tmp_path / "a.gguf"), "tokenizer.ggml.pre") == "gpt-2"
 
 
+def test_the_command_writes_what_its_options_say(saved, tmp_path):
+    folder, out = saved(), tmp_path / "new" / "model.gguf"
+    raw = byte_pairs(folder, cut="a+|b")
+    done = invoke("export", "gguf", "--model", folder, "--rotation", "RO", "--seed", 2, "--no-r2",
+                  "--dtype", "F16", "--pre", "gpt-2", "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert f"{out}: gains, R1 merged" in done.output
+    reader = format.GGUFReader(out)
+    original = models.load(str(folder), fold=False).model.embed_tokens.weight.double()
+    wanted = original @ rotations.random_orthogonal(64, 2)
+    found = tensors(reader)["token_embd.weight"]
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-3, atol=1e-3)
+    assert value(reader, "dfrot.merged") == ["gains", "R1"]
+    assert json.loads(value(reader, "dfrot.record"))["R1"] == {"rotation": "RO", "seed": 2}
+    assert value(reader, "tokenizer.ggml.pre") == "gpt-2"
+    words = value(reader, "tokenizer.ggml.tokens")
+    assert words[: raw.get_vocab_size()] == [
+        raw.id_to_token(i) for i in range(raw.get_vocab_size())
+    ]
+    assert [p.name for p in out.parent.iterdir()] == ["model.gguf"]
+
+
+def test_the_command_leaves_the_vocabulary_out_if_told(tmp_path):
+    out = tmp_path / "model.gguf"
+    ask = ("export", "gguf", "--model", "tiny:qwen3", "--rotation", "RH", "--out", out)
+    done = invoke(*ask)
+    assert done.exit_code == 1 and "no tokenizer.json" in done.output and not out.exists()
+    done = invoke(*ask, "--no-vocabulary")
+    assert done.exit_code == 0, done.output
+    reader = format.GGUFReader(out)
+    assert value(reader, "tokenizer.ggml.model") == "no_vocab"
+    assert value(reader, "general.architecture") == "qwen3"
+    assert value(reader, "dfrot.merged") == ["gains", "R1", "R2"]
+
+
 def test_no_tokenizer_is_told(saved, tmp_path):
     with sources.opened(str(saved())) as s, pytest.raises(ExportError, match=r"no tokenizer\.json"):
         gguf.write(s, tmp_path / "a.gguf", sources.recipe("RH", s))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import byte_pairs, haar
+from conftest import byte_pairs, haar, logits, random_tokens, relative
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from dfrot_lab import models, owners, rotations
@@ -230,6 +233,55 @@ def test_a_rotation_of_an_older_commit_is_neither_reused_nor_merged(hub, tmp_pat
     assert done.exit_code == 0, done.output
     about = json.loads((tmp_path / "out" / "config.json").read_text())["dfrot_export"]
     assert about["revision"] == OLD == about["R1"]["revision"]
+
+
+@pytest.fixture
+def downloads(hub, tmp_path, monkeypatch):
+    """The hub has NEW as branch v2; what an export fetches comes as {commit: folder}, and only that."""
+    there, made = tmp_path / "hub" / "models--owner--name", {}
+    (there / "refs" / "v2").write_text(NEW)
+    (there / "snapshots" / NEW / "pytorch_model.bin").write_text(
+        "the same in a form that is not read"
+    )
+
+    def snapshot_download(model, *, revision, allow_patterns):
+        assert model == "owner/name"
+        source, made[revision] = there / "snapshots" / revision, tmp_path / "downloaded" / revision
+        made[revision].mkdir(parents=True)
+        for name in filter_repo_objects(os.listdir(source), allow_patterns=allow_patterns):
+            shutil.copyfile(source / name, made[revision] / name)
+        return str(made[revision])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return made
+
+
+def test_the_revision_that_was_asked_for_is_exported(downloads, tmp_path):
+    done = invoke("export", "hf", "--model", "owner/name", "--revision", "v2", "--rotation", "RH",
+                  "--out", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["dfrot_export"]
+    assert (about["model"], about["revision"]) == ("owner/name", NEW)
+    assert list(downloads) == [NEW]  # by its commit: a branch may move meanwhile
+    names = os.listdir(downloads[NEW])
+    assert "model.safetensors" in names and "pytorch_model.bin" not in names
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    wanted, tokens = models.tiny("llama", seed=1), random_tokens()
+    assert relative(logits(exported, tokens), logits(wanted, tokens)) < 1e-5
+
+
+def test_r1_is_exported_only_at_the_revision_it_is_refined_on(downloads, tmp_path):
+    out, lab = tmp_path / "R1.safetensors", tmp_path / "lab"
+    asked = ("export", "rotation", "--profile", "smoke", "--model", "owner/name", "--folder", lab)
+    wrong = invoke(*asked, "--revision", "v2", "--out", out)
+    said = f"revision = 'v2' is {NEW}, and R1 is refined on {OLD}: fetch that revision into a"
+    assert wrong.exit_code == 1 and said in wrong.output
+    assert not out.exists() and not lab.exists()  # told before any work
+    done = invoke(*asked, "--revision", "main", "--out", out)
+    assert done.exit_code == 0, done.output
+    about = rotations.load(out, 64)[1]
+    assert (about["model"], about["revision"]) == ("owner/name", OLD)
+    assert about["fingerprint"] == owners.fingerprint(downloads[OLD])
 
 
 # --- GGUF -----------------------------------------------------------------------------------------
