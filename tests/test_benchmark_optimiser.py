@@ -57,6 +57,18 @@ def test_a_toy_run_prints_and_writes_its_numbers(tmp_path):
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):
-    monkeypatch.setattr(optimiser, "gate", lambda *a: {"entries": 0.1})
+    monkeypatch.setattr(optimiser, "gate", lambda *a: {"entries": 0.0, "newton": 0.1})
     with pytest.raises(AssertionError, match="the fast step is not the plain one"):
-        CliRunner().invoke(optimiser.main, ["--sizes", "", "--equal", ""], catch_exceptions=False)
+        CliRunner().invoke(
+            optimiser.main, ["--sizes", "", "--equal", "", "--threads", "1"], catch_exceptions=False
+        )
+
+
+@pytest.mark.parametrize("method", ["products", "newton"])
+def test_the_gate_is_red_for_a_wrong_iteration(monkeypatch, method):
+    """Small sizes take the SVD: what the gate holds against it must have been forced."""
+    found = optimiser.gate(32, "cpu")
+    assert set(found) == {"entries", "products", "newton"} and max(found.values()) < 1e-8
+    monkeypatch.setattr(optimiser.polar, method, lambda m: None)
+    with pytest.raises(AssertionError, match=f"{method} alone does not find the polar factor"):
+        optimiser.gate(32, "cpu")

@@ -8,6 +8,7 @@ from conftest import haar, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.optimiser import forced
 from dfrot_lab import polar, rotations
 
 FP64 = torch.float64
@@ -37,17 +38,29 @@ def test_it_is_the_nearest_rotation_at_any_conditioning(method, d, decades, seed
         assert relative(q, wanted) < 1e-14 * 10**decades + 1e-12
 
 
+@pytest.mark.parametrize("method", ["products", "newton"])
 @pytest.mark.parametrize("decades", [0, 5.9, 10, 14])
-def test_the_fast_path_is_the_svd(monkeypatch, decades):
-    """As on a GPU, at a size where the products' own rounding would show."""
-    monkeypatch.setattr(polar, "LARGE", 0)
+def test_each_fast_path_is_the_svd(method, decades):
+    """At a size where its own rounding would show; `products` is a GPU's first, `newton` a CPU's."""
     m, wanted, _ = graded(300, decades, 4)
-    q = polar.polar(m)
+    with forced(method):
+        q = polar.polar(m)
     assert rotations.orthogonality_error(q) < 1e-12
     assert (q * m).sum().item() == pytest.approx((polar.svd(m) * m).sum().item(), rel=1e-10)
     if decades < 6:
         assert (q - polar.svd(m)).abs().max() < 1e-8
         assert (q - wanted).abs().max() < 1e-8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("decades", [0, 5.9, 10, 14])
+def test_a_gpu_finds_what_the_cpu_does(decades):
+    m, _, _ = graded(300, decades, 4)
+    found, wanted = polar.polar(m.cuda()).cpu(), polar.svd(m)
+    assert rotations.orthogonality_error(found) < 1e-12
+    assert (found * m).sum().item() == pytest.approx((wanted * m).sum().item(), rel=1e-10)
+    if decades < 6:
+        assert (found - wanted).abs().max() < 1e-8
 
 
 def test_a_least_singular_value_that_is_too_large_is_seen_and_lowered(monkeypatch):
