@@ -260,19 +260,19 @@ def _refuse(ctx: click.Context, every: bool, preset: str | None, out: Path | Non
 @app.command()
 @click.argument("model")
 @click.option("--rotation", required=True, help="R1 as .safetensors, from `optimize`.")
-@click.option("--r2/--no-r2", default=True, help="Also the Hadamard R2 of every head.")
+@click.option(
+    "--r2/--no-r2", default=True, help="Also R2 of every head: the file's, or a Hadamard."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
 def merge(model: str, rotation: str, r2: bool, out: Path) -> None:
     """Merge R1 (and R2) into the safetensors checkpoint in folder MODEL, tensor by tensor.
 
     MODEL may also be 'demo' or a .gguf file: then its dequantized folder is read.
     """
-    from dfrot_lab import checkpoints, model_folders, rotation_files, rotations
+    from dfrot_lab import checkpoints, model_folders, rotation_files
 
-    r1 = rotation_files.load(rotation)
     source = model_folders.find(model)
-    size = checkpoints.head_dim(source) if r2 else None
-    both = rotations.Rotations(R1=r1, R2=rotations.random_hadamard(size) if size else None)
+    both = rotation_files.for_merging(rotation, model, source, r2=r2)
     click.echo(checkpoints.merge(source, out, both))
 
 

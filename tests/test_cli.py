@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from dfrot_lab import assets, models, rotations
+from dfrot_lab import assets, models, owners, rotations
 from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +133,8 @@ def test_optimize_by_preset(smoke, tmp_path):
 @pytest.mark.parametrize("r2", [True, False])
 def test_merge_writes_a_checkpoint(tmp_path, r2):
     models.tiny("mistral").save_pretrained(tmp_path / "model")
-    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), {})
+    about = {"model": "mine", "fingerprint": owners.fingerprint(tmp_path / "model")}
+    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), about)
     options = ("--rotation", tmp_path / "R1.safetensors", "--out", tmp_path / "merged")
     done = invoke("merge", tmp_path / "model", *options, "--r2" if r2 else "--no-r2")
     assert done.exit_code == 0, done.output
@@ -147,7 +148,8 @@ def test_merge_reads_the_demo_model_from_its_dequantized_folder(tmp_path, monkey
     models.tiny("llama").save_pretrained(tmp_path / "model")
     monkeypatch.setattr(assets, "path", Path)
     monkeypatch.setattr(models, "_dequantized_folder", lambda gguf: tmp_path / "model")
-    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), {})
+    about = {"model": "mine", "fingerprint": owners.fingerprint(tmp_path / "model")}
+    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), about)
     options = ("--rotation", tmp_path / "R1.safetensors", "--out", tmp_path / "merged")
     done = invoke("merge", "demo", *options)
     assert done.exit_code == 0, done.output

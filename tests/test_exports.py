@@ -13,6 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import haar, logits, random_tokens, relative
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from dfrot_lab import models, rotations
@@ -154,6 +155,34 @@ def test_a_quantized_checkpoint_is_refused(saved, tmp_path):
         pass
 
 
+@pytest.mark.parametrize("rotation", ["RH", "NR"])
+def test_a_folder_of_quantize_is_no_source(rotation, tmp_path):
+    made = invoke("quantize", "--profile", "smoke", "--folder", tmp_path / "lab", "--method", "rtn",
+                  "--rotation", rotation, "--out", tmp_path / "q")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    r1 = rotation_files.write(tmp_path / "R1.safetensors", haar(64), None, {"model": "any"})
+    smoke = ("--profile", "smoke", "--model", tmp_path / "q", "--folder", tmp_path / "other")
+    out = ("--out", tmp_path / "out")
+    asked = [("export", f, "--model", tmp_path / "q", "--rotation", name, *out)
+             for f in ("hf", "gguf", "compressed") for name in ("NR", "RH")]  # fmt: skip
+    asked += [("merge", tmp_path / "q", "--rotation", r1, *out)]
+    asked += [("quantize", *smoke, "--rotation", "NR", *out), ("eval", *smoke, "--rotation", "FP")]
+    for arguments in asked:
+        done = invoke(*arguments)
+        assert done.exit_code == 1 and "written by `dfrot-lab quantize`" in done.output, arguments
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["R4", "heads"])
+def test_a_checkpoint_with_an_online_hadamard_is_no_source(part, saved, tmp_path):
+    source = saved()
+    config = json.loads((source / "config.json").read_text())
+    config["dfrot_merged"] = ["gains", part]
+    (source / "config.json").write_text(json.dumps(config))
+    done = invoke("export", "hf", "--model", source, "--rotation", "NR", "--out", tmp_path / "out")
+    assert done.exit_code == 1 and f"saved with {part} merged" in done.output
+
+
 def test_another_models_rotation_is_refused(saved, tmp_path):
     mine, other = saved(), saved(name="other", seed=1)
     file = tmp_path / "R1.safetensors"
@@ -185,6 +214,15 @@ def test_a_rotation_that_names_no_model_is_refused(saved, tmp_path):
         sources.recipe(str(tmp_path / "R1.safetensors"), s)
 
 
+def test_a_rotation_that_could_be_anyones_is_refused(saved, tmp_path):
+    """Of the right name, as `optimize --out` wrote them once, but without anything to compare."""
+    source, file = saved(), tmp_path / "R1.safetensors"
+    rotations.save(file, haar(64), {"model": "owner/name"})
+    at = sources.Source(source, "owner/name", "1111")
+    with pytest.raises(RotationError, match="no fingerprint or revision of the 'owner/name'"):
+        sources.recipe(str(file), at)
+
+
 def test_a_revision_of_a_folder_is_refused(saved):
     done = invoke("export", "hf", "--model", saved(), "--revision", "main", "--rotation", "RH",
                   "--out", "nowhere")  # fmt: skip
@@ -200,6 +238,36 @@ def test_a_fingerprint_sees_content_not_shards(saved, tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
     model.save_pretrained(tmp_path / "tuned")
     assert sources.fingerprint(tmp_path / "tuned") != sources.fingerprint(source)
+
+
+def test_a_configuration_that_lost_its_record_is_not_left(saved, tmp_path, monkeypatch):
+    write = huggingface.files.write_json
+
+    def forgetful(path, value):
+        write(path, {k: v for k, v in value.items() if k != "dfrot_merged"})
+
+    monkeypatch.setattr(huggingface.files, "write_json", forgetful)
+    with (
+        opened(saved()) as s,
+        pytest.raises(ExportError, match=r"its config\.json says \[\] merged"),
+    ):
+        huggingface.write(s, tmp_path / "out", sources.recipe("RO", s))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_a_killed_export_left_is_swept_and_a_running_one_is_not(saved, tmp_path):
+    killed, running, new = (tmp_path / f".partial-out-{name}" for name in ("a", "b", "c"))
+    older, other = tmp_path / ".partial-out-d", tmp_path / ".partial-else-e"
+    for folder in (killed, running, new, older, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    (killed / ".lock").touch()
+    os.utime(older, (0, 0))  # of a version without locks
+    with FileLock(running / ".lock"), opened(saved()) as s:
+        huggingface.write(s, tmp_path / "out", sources.recipe("RO", s))
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not killed.exists() and not older.exists()
+    assert running.exists() and new.exists() and other.exists()
 
 
 # --- rotations alone ------------------------------------------------------------------------------
@@ -230,6 +298,25 @@ def test_a_rotation_leaves_with_its_story_and_merges_where_it_belongs(tmp_path):
     again = invoke("export", "rotation", "--profile", "smoke", "--out", out)
     assert again.exit_code == 1 and "exists" in again.output
     assert torch.equal(rotations.load(out)[0], r)
+
+
+def test_a_preset_leaves_with_its_story(tmp_path):
+    out, smoke = tmp_path / "R1.safetensors", ("--profile", "smoke", "--folder", tmp_path / "lab")
+    done = invoke("export", "rotation", *smoke, "--preset", "recommended", "--out", out)
+    assert done.exit_code == 0, done.output
+    r, about = rotations.load(out, 64)
+    assert (about["preset"], about["objective"], about["iterations"]) == (
+        "recommended", "kurtosis", 100,
+    )  # fmt: skip
+    plain = tmp_path / "plain.safetensors"
+    done = invoke("optimize", *smoke, "--preset", "recommended", "--out", plain)
+    assert done.exit_code == 0 and torch.equal(rotations.load(plain)[0], r)
+    other = invoke("export", "rotation", *smoke, "--out", tmp_path / "dfrot.safetensors")
+    assert other.exit_code == 0, other.output
+    tokens = rotations.load(tmp_path / "dfrot.safetensors")[1]["calibration_tokens"]
+    assert about["calibration_tokens"] != tokens  # eight windows, not one
+    both = invoke("export", "rotation", "--preset", "dfrot", "--gamma", 1, "--out", tmp_path / "x")
+    assert both.exit_code == 2 and "--preset settles --gamma" in both.output
 
 
 def test_an_imported_rotation_is_made_orthogonal_and_says_by_how_much(tmp_path):
