@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import records
-from dfrot_lab import activations, dfrot, kept_files, profiles, results, rotations
+from dfrot_lab import activations, dfrot, kept_files, owners, profiles, results, rotations
 from dfrot_lab.activations import Activations
 from dfrot_lab.artefacts import MODEL_CODE, ROTATION_CODE
 from dfrot_lab.evaluation import Perplexity, spread
@@ -98,6 +98,11 @@ class Bench:
     plan: Plan
 
     @cached_property
+    def owner(self) -> owners.Owner:
+        """The model whose rotations these are."""
+        return owners.of(self.lab.model)
+
+    @cached_property
     def held(self) -> Activations:
         """All norm outputs of evaluation windows `first` to `last`, [sites, tokens, d]."""
         tokens = self.lab.evaluation_tokens(self.plan.last)[self.plan.first - 1 :]
@@ -139,6 +144,7 @@ class Bench:
             found = {"rows": log.rows, "steps": len(log.rotated), "seconds": seconds}
             home = Path(self.lab.folder) / "artefacts" / "refinement"
             about = {"way": way, "seed": seed, "plan": asdict(self.plan)} | self.lab.about
+            about |= self.owner.about  # the lab takes no file that does not say it
             name = str(rotations.save(home / f"{way}-seed{seed}.safetensors", r, about))
         found["held"] = self.loss(r)
         measured = self.lab.perplexity(name, seed, bits=self.plan.bits, windows=self.plan.last)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import haar
 
 from benchmarks import optimiser
 from dfrot_lab import dfrot, rotations
@@ -65,10 +66,10 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["products", "newton"])
-def test_the_gate_is_red_for_a_wrong_iteration(monkeypatch, method):
-    """Small sizes take the SVD: what the gate holds against it must have been forced."""
+def test_the_gate_sees_a_wrong_iteration(monkeypatch, method):
+    """A CPU takes the SVD by itself: what the gate holds against it must have been forced."""
     found = optimiser.gate(32, "cpu")
     assert set(found) == {"entries", "products", "newton"} and max(found.values()) < 1e-8
-    monkeypatch.setattr(optimiser.polar, method, lambda m: None)
-    with pytest.raises(AssertionError, match=f"{method} alone does not find the polar factor"):
-        optimiser.gate(32, "cpu")
+    monkeypatch.setattr(optimiser.polar, method, lambda m: haar(32))
+    wrong = optimiser.gate(32, "cpu")
+    assert [name for name, value in wrong.items() if value > 1e-8] == [method]

@@ -175,7 +175,7 @@ def written_product(x, r, spec, weighting, relax=1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["products", "newton"])
 def test_the_fast_step_by_each_iteration_is_the_svd_step(method):
-    """At these sizes `polar.polar` would take the SVD itself: the iteration is forced."""
+    """A CPU would take the SVD by itself: the iteration is forced."""
     determined = 0
     for seed, gamma, spec in itertools.product(
         range(8), (0.3, 1.0, 100.0), (QuantSpec(), QuantSpec(symmetric=True))
