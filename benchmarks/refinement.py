@@ -16,7 +16,6 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -98,11 +97,6 @@ class Bench:
     plan: Plan
 
     @cached_property
-    def owner(self) -> owners.Owner:
-        """The model whose rotations these are."""
-        return owners.of(self.lab.model)
-
-    @cached_property
     def held(self) -> Activations:
         """All norm outputs of evaluation windows `first` to `last`, [sites, tokens, d]."""
         tokens = self.lab.evaluation_tokens(self.plan.last)[self.plan.first - 1 :]
@@ -115,10 +109,7 @@ class Bench:
 
     def measure(self, job: dict[str, Any]) -> dict[str, Any]:
         """The row of a job: the job itself and what came out."""
-        parts: dict[str, Callable] = {
-            "perplexity": self.perplexity, "sampling": self.sampling, "stop": self.stop
-        }  # fmt: skip
-        return job | parts[job["part"]](**{k: v for k, v in job.items() if k != "part"})
+        return job | getattr(self, job["part"])(**{k: v for k, v in job.items() if k != "part"})
 
     def refine(
         self, x: Activations, seed: int, said: str, **options: Any
@@ -144,7 +135,7 @@ class Bench:
             found = {"rows": log.rows, "steps": len(log.rotated), "seconds": seconds}
             home = Path(self.lab.folder) / "artefacts" / "refinement"
             about = {"way": way, "seed": seed, "plan": asdict(self.plan)} | self.lab.about
-            about |= self.owner.about  # the lab takes no file that does not say it
+            about |= owners.of(self.lab.model).about  # the lab takes no file that does not say it
             name = str(rotations.save(home / f"{way}-seed{seed}.safetensors", r, about))
         found["held"] = self.loss(r)
         measured = self.lab.perplexity(name, seed, bits=self.plan.bits, windows=self.plan.last)

@@ -31,7 +31,7 @@ def rotation_file(
     relax: float = 1.0,
     iterations: int | None = None,
 ) -> Path:
-    """The safetensors file of R1 refined from that in file `start`, taken from artefacts/rotations or made now.
+    """The safetensors file of R1 refined from that in file `start`; from artefacts/rotations or made now.
 
     gamma … iterations: as for `Artefacts.rotation_file`. An R2 in `start` is not taken along. RotationError
     for a file that is missing, damaged, or of another model.
