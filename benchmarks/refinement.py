@@ -16,7 +16,7 @@ import itertools
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import records
-from dfrot_lab import activations, dfrot, kept_files, owners, profiles, results, rotations
+from dfrot_lab import activations, dfrot, kept_files, owners, results, rotations
 from dfrot_lab.activations import Activations
 from dfrot_lab.artefacts import MODEL_CODE, ROTATION_CODE
+from dfrot_lab.cli import options
 from dfrot_lab.evaluation import Perplexity, spread
 from dfrot_lab.lab import Lab
 from dfrot_lab.quantizers import QuantSpec
@@ -112,12 +113,12 @@ class Bench:
         return job | getattr(self, job["part"])(**{k: v for k, v in job.items() if k != "part"})
 
     def refine(
-        self, x: Activations, seed: int, said: str, **options: Any
+        self, x: Activations, seed: int, said: str, **how: Any
     ) -> tuple[Tensor, dfrot.Log, float]:
         """(R1, its log, seconds with the Gram matrix and all) from RH of that seed."""
         start, began = self.lab.rotation("RH", seed), time.perf_counter()
         r, log = dfrot.optimize(
-            x, start, SPEC, WEIGHTING, device=self.lab.device, progress=said, **options
+            x, start, SPEC, WEIGHTING, device=self.lab.device, progress=said, **how
         )
         return r, log, time.perf_counter() - began
 
@@ -148,9 +149,9 @@ class Bench:
         """
         x, generator = self.lab.activations, torch.Generator().manual_seed(draw)
         order = torch.randperm(x.X.shape[1], generator=generator)
-        options = self.plan.ways["fast"] | {"rows": self.plan.share, "sampling": way}
+        how = self.plan.ways["fast"] | {"rows": self.plan.share, "sampling": way}
         shuffled = Activations(x.X[:, order], x.sites, x.metadata)
-        r, log, _ = self.refine(shuffled, seed, f"{way}, draw {draw}", **options)
+        r, log, _ = self.refine(shuffled, seed, f"{way}, draw {draw}", **how)
         return {"rows": log.rows, "held": self.loss(r)}
 
     def stop(self, relax: float, stop: float, seed: int) -> dict[str, Any]:
@@ -249,13 +250,6 @@ def opened(out: Path, origin: dict[str, Any], settings: dict[str, Any]) -> dict[
     return found
 
 
-def the_lab(profile: str, folder: Path | None) -> Lab:
-    """The profile's artefacts, which its notebooks share."""
-    known = {f.name for f in fields(Lab)}
-    values = {k: v for k, v in profiles.load(profile)["common"].items() if k in known}
-    return Lab(**values | {"folder": folder or Path("results") / Path(profile).stem})
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The numbers (.json).")
 @click.option("--profile", default="demo")
@@ -273,7 +267,7 @@ def main(
     """Measure what FILE lacks, then print the three tables as markdown."""
     if not 1 <= given["first"] < given["last"]:
         raise click.UsageError("--first, --last: an interval needs two windows, counted from 1")
-    lab, plan = the_lab(profile, folder), Plan(**given)
+    lab, plan = options.lab(profile, folder), Plan(**given)
     settings = asdict(plan) | lab.about | {"code": results.code_digest(*CODE)}
     settings |= {"calibration": [lab.calibration, lab.calibration_seed, lab.rows]}
     try:

@@ -16,8 +16,9 @@ from dfrot_lab.quantizers import QuantSpec
 
 if TYPE_CHECKING:
     from dfrot_lab.lab import Lab
+    from dfrot_lab.presets import Preset
 
-__all__ = ["rotation_file"]
+__all__ = ["by_preset", "rotation_file"]
 
 
 def rotation_file(
@@ -58,3 +59,11 @@ def rotation_file(
         )  # fmt: skip
         about = {"key": key, "log": asdict(log)} | options | lab.about
         return rotations.save(path, r, about | owners.of(lab.model).about)
+
+
+def by_preset(lab: Lab, start: str | Path, preset: Preset) -> Path:
+    """`rotation_file` by a preset: its objective, γ, steps, and its own calibration windows."""
+    return rotation_file(
+        preset.lab(lab), start, gamma=preset.gamma, objective=preset.objective, relax=preset.relax,
+        iterations=preset.iterations,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from dfrot_lab import assets, batches, models, owners, rotations
+from dfrot_lab import assets, batches, files, models, owners, rotations
 from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +103,11 @@ def test_errors_are_one_line(arguments, message, smoke, tmp_path):
         ),
         (("--all", "--preset", "dfrot", "--seed", "0"), "--all settles --seed, --preset"),
         (("--preset", "best"), "'best' is not one of 'dfrot', 'recommended'"),
+        (("--start", "RX"), "'RX' is not one of 'RH', 'RO', and no .safetensors file"),
+        (
+            ("--start", "R1.safetensors"),
+            "R1.safetensors does not exist: make it with `dfrot-lab opt",
+        ),
     ],
 )
 def test_optimize_refuses_before_any_work(arguments, message, smoke, tmp_path):
@@ -122,6 +127,25 @@ def test_optimize_by_either_solver(smoke, tmp_path):
         assert about.get("solver", "svd") == solver
         ends[solver] = about["log"]["rotated"][-1]
     assert ends["fast"] == pytest.approx(ends["svd"], rel=1e-3)
+
+
+def test_optimize_from_a_file(smoke, tmp_path):
+    first, *ends = (tmp_path / f"{name}.safetensors" for name in ("first", "hand", "preset"))
+    done = invoke("optimize", *smoke, "--gamma", "1", "--seed", 3, "--out", first)
+    assert done.exit_code == 0, done.output
+    for end, how in zip(ends, (("--gamma", "7"), ("--preset", "recommended")), strict=True):
+        done = invoke("optimize", *smoke, "--start", first, *how, "--out", end)
+        assert done.exit_code == 0, done.output
+    r, about = rotations.load(ends[0], 64)
+    assert (about["start"], about["gamma"]) == (files.sha256(first), "7.0")
+    assert not r.equal(rotations.load(first)[0])
+    _, about = rotations.load(ends[1], 64)
+    assert (about["objective"], about["iterations"]) == ("kurtosis", 100)
+    assert (tmp_path / "calibration" / "8" / "artefacts" / "activations.safetensors").is_file()
+    done = invoke("optimize", *smoke, "--start", first, "--seed", 1)
+    assert done.exit_code == 2 and "--start settles --seed" in done.output
+    done = invoke("optimize", *smoke, "--model", "tiny:qwen3", "--start", first)
+    assert done.exit_code == 1 and "was made for 'tiny:llama'" in done.output
 
 
 def test_optimize_by_preset(smoke, tmp_path):
