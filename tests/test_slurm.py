@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -21,12 +20,6 @@ from dfrot_lab import batches, files
 
 ROOT = Path(__file__).parents[1]
 NAME = "02_ro_vs_rh_error"
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("snakemake_executor_plugin_slurm") is None,
-    reason="needs `pip install -e '.[slurm]'`",
-)
-
 
 class Cluster:
     """A checkout, and a SLURM beside it."""
