@@ -49,7 +49,7 @@ def run(
     notebooks: by their full names; none for the first four, or for all of the experiment's. cores,
     memory (MiB) and gpus limit what all local jobs together use. experiment: a name in
     experiments.yml, whose points are run instead. executor: a folder in cluster/, or the path of one,
-    with a Snakemake profile (config.yaml). check: hash every kept file first, see `kept_files.verify`.
+    with a Snakemake profile (config.yaml). check: hash kept files beyond 2 GB too, see `kept_files.verify`.
 
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
     killed run leaves behind, is not used. Snakemake inherits it and dies with this process; jobs that
