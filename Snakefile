@@ -156,6 +156,10 @@ def on_disk(values):
     return sorted(map(str, found))
 
 
+# as the last of a command: what it says is kept in the job's log, and seen meanwhile
+TEE = " 2>&1 | tee {log:q} >&2"
+
+
 rule all:
     input:
         expand("{folder}/{notebook}/result.json", folder=RESULTS, notebook=ASKED),
@@ -169,8 +173,10 @@ rule assets:
     params:
         profile=lambda w: COLLECTED[w.home],
         values=lambda w: keyed(common(COLLECTED[w.home], "model", "corpus")),
+    log:
+        "{home}/logs/assets.log",
     shell:
-        "dfrot-lab assets --profile {params.profile:q} --out {output:q}"
+        "dfrot-lab assets --profile {params.profile:q} --out {output:q}" + TEE
 
 
 rule activations:
@@ -183,11 +189,13 @@ rule activations:
     params:
         profile=lambda w: COLLECTED[w.home],
         values=lambda w: keyed(common(COLLECTED[w.home], *SAMPLE, "calibration")),
+    log:
+        "{home}/logs/activations.log",
     threads: THREADS
     resources:
         **needs(2500, 15),
     shell:
-        "dfrot-lab collect --profile {params.profile:q} --folder {wildcards.home:q}"
+        "dfrot-lab collect --profile {params.profile:q} --folder {wildcards.home:q}" + TEE
 
 
 rule rotations:  # one job: each takes seconds here, and on a GPU less than starting Python
@@ -202,12 +210,15 @@ rule rotations:  # one job: each takes seconds here, and on a GPU less than star
             common(SHARES[w.home], "seeds", "gamma", "iterations", "rows", "solver", "device", "threads")
         ),
         which=lambda w: keyed(settings(SHARES[w.home])["rotations"]),
+    log:
+        f"{{home}}/logs/rotations{TAG}.log",
     threads: THREADS
     resources:
         **needs(1500, 30),
     priority: 10
     shell:
-        "dfrot-lab optimize --profile {params.profile:q} --folder {wildcards.home:q} --all --out {output:q}"
+        "dfrot-lab optimize --profile {params.profile:q} --folder {wildcards.home:q} --all "
+        "--out {output:q}" + TEE
 
 
 rule hessians:
@@ -221,11 +232,14 @@ rule hessians:
         profile=lambda w: COLLECTED[w.home],
         values=lambda w: keyed(common(COLLECTED[w.home], *SAMPLE)),
         windows=lambda w: max(HESSIANS[w.home], default=0),
+    log:
+        "{home}/logs/hessians.log",
     threads: THREADS
     resources:
         **needs(3000, 60),
     shell:
-        "dfrot-lab collect --hessians {params.windows} --profile {params.profile:q} --folder {wildcards.home:q}"
+        "dfrot-lab collect --hessians {params.windows} --profile {params.profile:q} "
+        "--folder {wildcards.home:q}" + TEE
 
 
 rule notebook:

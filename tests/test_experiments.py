@@ -72,7 +72,7 @@ def test_a_malformed_experiment_is_refused(root, text, said):
         experiments.find("trial", "smoke", root)
 
 
-@pytest.mark.parametrize("name", [KEPT, "artefacts", "../up", ""])
+@pytest.mark.parametrize("name", [KEPT, "artefacts", "logs", "../up", ""])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(root, name):
     with pytest.raises(ExperimentError, match="no notebook's"):
         grid(root, name=name, seeds=[[0]])

@@ -38,6 +38,17 @@ made.write_text("{}")
 """
 
 
+def command_line(folder, text):
+    """The folder, for the PATH, of a `dfrot-lab` that runs the Python code `text`."""
+    commands = folder / "bin"
+    commands.mkdir()
+    (folder / "stub.py").write_text(text)
+    stub = f"#!/bin/sh\nexec '{sys.executable}' -S '{folder / 'stub.py'}' \"$@\"\n"
+    (commands / "dfrot-lab").write_text(stub)
+    (commands / "dfrot-lab").chmod(0o755)
+    return str(commands)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A checkout whose batches, of a profile with two below it and of a grid over it, are through."""
@@ -52,12 +63,7 @@ def finished(tmp_path_factory):
     (folder / "base.yml").write_text(yaml.safe_dump(base))
     grid = {"trial": {"notebooks": ["03"], "grid": {"seeds": [[0], [1]]}}}
     (folder / "experiments.yml").write_text(yaml.safe_dump(grid))
-    commands = folder.with_name("bin")
-    commands.mkdir()
-    stub = folder.with_name("stub.py")
-    stub.write_text(STUB)
-    (commands / "dfrot-lab").write_text(f"#!/bin/sh\nexec '{sys.executable}' -S '{stub}' \"$@\"\n")
-    (commands / "dfrot-lab").chmod(0o755)
+    commands = command_line(folder.parent, STUB)
     here = Path.cwd()
     os.chdir(folder)  # where profiles and notebooks are looked for
     try:
@@ -66,7 +72,7 @@ def finished(tmp_path_factory):
         os.chdir(here)
     for asked, experiment in ((" ".join(NAMES), ""), ("", "trial")):
         snakemake(
-            folder, "--cores", "2", "--scheduler", "greedy", code=folder, path=str(commands),
+            folder, "--cores", "2", "--scheduler", "greedy", code=folder, path=commands,
             profile="own.yml", notebooks=asked, experiment=experiment,
         )  # fmt: skip
     return folder
@@ -181,6 +187,19 @@ def test_every_parameter_that_an_artefact_is_keyed_by_is_a_param(finished):
     }
     for rule, wanted in keyed.items():
         assert [n for n in wanted if f'"{n}"' not in params[rule]] == [], (rule, params[rule])
+
+
+def test_what_a_failing_job_said_is_shown_and_kept(checkout, tmp_path):
+    log = checkout / "results/own/logs/hessians.log"
+    assert log.is_file()  # of the job that was through
+    edited(checkout, "dfrot_lab/gptq.py")
+    text = "import sys; print('half of it', file=sys.stderr); print('the rest'); sys.exit(1)"
+    output = snakemake(
+        checkout, "--cores", "1", code=checkout, path=command_line(tmp_path, text), fails=True,
+        profile="own.yml", notebooks=TABLES,
+    )  # fmt: skip
+    assert log.read_text() == "half of it\nthe rest\n" and "half of it\nthe rest\n" in output
+    assert not (checkout / "results/own/artefacts/hessians/hessians.json").exists()
 
 
 # --- imports ----------------------------------------------------------------------------------------
