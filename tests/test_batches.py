@@ -112,7 +112,7 @@ def test_an_executor_that_is_not_installed_is_named(tmp_path):
 
 def test_a_copy_of_the_local_profile_is_local_whatever_its_name(tmp_path):
     shutil.copytree(ROOT / "cluster" / "local", tmp_path / "here")
-    assert batches._is_local(tmp_path / "here")
+    assert batches._kind(tmp_path / "here") == "local"
 
 
 def test_outside_a_checkout_it_says_so(tmp_path):
