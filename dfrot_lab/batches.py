@@ -110,6 +110,11 @@ def _executor(name: str, root: Path) -> Path:
     own = root / "cluster"
     found = own / name if (own / name).is_dir() else Path(name).absolute()
     if not (found / "config.yaml").is_file():
+        if name == "kubernetes":
+            raise BatchError(
+                "executor 'kubernetes' would take jobs apart that share a folder: run the whole batch in one "
+                "pod, with cluster/kubernetes/job.yaml (docs/cluster.md)"
+            )
         known = ", ".join(sorted(p.parent.name for p in own.glob("*/config.yaml")))
         raise BatchError(
             f"executor {name!r} is unknown: use {known}, or a folder with a Snakemake config.yaml"
