@@ -131,7 +131,7 @@ def find(name: str, profile: str, root: Path, home: Path | None = None) -> Exper
         )
     # YAML reads 03 as a number
     stems = [notebooks.find(f"{n:02d}" if isinstance(n, int) else str(n), root).stem for n in asked]
-    taken = {p.stem for p in (root / "notebooks").glob("*.ipynb")} | set(_FOLDERS)
+    taken = {p.stem for p in (root / "notebooks").glob("*.ipynb")} | {*_FOLDERS, "gallery", "logs"}
     if not re.fullmatch(r"\w[\w.-]*", name) or name in taken:
         raise ExperimentError(
             f"experiment {name!r}: a name of letters, digits, - and _, no notebook's"

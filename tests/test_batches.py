@@ -116,6 +116,12 @@ def test_an_unknown_executor_is_refused(tmp_path):
         batches.run("smoke", tmp_path, "1", 1000, executor="slrum")
 
 
+def test_kubernetes_is_told_where_its_job_is(tmp_path):
+    (tmp_path / "Snakefile").touch()
+    with pytest.raises(batches.BatchError, match=r"cluster/kubernetes/job\.yaml"):
+        batches.run("smoke", tmp_path, "1", 1000, executor="kubernetes")
+
+
 def test_an_executor_that_is_not_installed_is_named(tmp_path):
     (tmp_path / "Snakefile").touch()
     (tmp_path / "config.yaml").write_text("executor: some-where")
@@ -127,7 +133,7 @@ def test_an_executor_that_is_not_installed_is_named(tmp_path):
 
 def test_a_copy_of_the_local_profile_is_local_whatever_its_name(tmp_path):
     shutil.copytree(ROOT / "cluster" / "local", tmp_path / "here")
-    assert batches._is_local(tmp_path / "here")
+    assert batches._kind(tmp_path / "here") == "local"
 
 
 def test_outside_a_checkout_it_says_so(tmp_path):

@@ -74,7 +74,7 @@ def run(
 @click.option("--all", "every", is_flag=True, help="Every notebook.")
 @click.option("--experiment", help="Instead, the points of this grid in experiments.yml.")
 @click.option("--executor", default="local", help="local, slurm, or a Snakemake profile's folder.")
-@click.option("--check", is_flag=True, help="Hash every kept file first, not only changed ones.")
+@click.option("--check", is_flag=True, help="Hash kept files beyond 2 GB too.")
 def batch(
     profile: str | None,
     folder: Path | None,
