@@ -4,16 +4,21 @@ PROFILE ?= demo
 CORES ?= all
 HOME_OF = results/$(basename $(notdir $(PROFILE)))
 BIN := .venv/bin
+# PROFILE only where it was asked for: an experiment has its own
+ASKED = $(if $(filter file,$(origin PROFILE)),,--profile $(PROFILE))
+# a batch that came through is not called failed for its gallery
+ONLY_GALLERY = { echo "The batch succeeded and its results are whole; only the gallery was not built (make gallery)." >&2; exit 1; }
 
 .PHONY: figures batch tables kernels theory objectives zeroshot redraw publish verify gallery test-browser test test-slow lint lock setup clean
 .DELETE_ON_ERROR:
 
 figures: .venv/.ready  ## run the notebooks of PROFILE, leave figures and results in results/PROFILE
 	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES)
+	@$(BIN)/dfrot-lab gallery --profile $(PROFILE) || $(ONLY_GALLERY)
 
 batch: .venv/.ready  ## every notebook of PROFILE, or the points of EXPERIMENT in experiments.yml
-	$(BIN)/dfrot-lab batch --cores $(CORES) $(if $(filter file,$(origin PROFILE)),,--profile $(PROFILE)) \
-	  $(if $(EXPERIMENT),--experiment $(EXPERIMENT),--all)
+	$(BIN)/dfrot-lab batch --cores $(CORES) $(ASKED) $(if $(EXPERIMENT),--experiment $(EXPERIMENT),--all)
+	@$(BIN)/dfrot-lab gallery $(ASKED) $(if $(EXPERIMENT),--experiment $(EXPERIMENT)) || $(ONLY_GALLERY)
 
 tables: .venv/.ready  ## notebooks 05 and 06: the tables of the paper, and what its reviewers asked
 	$(BIN)/dfrot-lab batch --profile $(PROFILE) --cores $(CORES) --only 05 --only 06

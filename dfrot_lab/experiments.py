@@ -252,7 +252,8 @@ def summarize(experiment: Experiment) -> str:
     """Write summary.json and summary.csv over the points that have results; one line that says so.
 
     A row: notebook, the point's values, and a claim (ours, agrees) or what the notebook's table has: a
-    perplexity, or a task's accuracy and log-probability (mean, sd, n over seeds).
+    perplexity, or a task's accuracy and log-probability (mean, sd, n over seeds). The JSON file also has
+    the grid: `axes`, each with its name and its values as text, in the order of experiments.yml.
     """
     rows: list[dict[str, Any]] = []
     missing = []
@@ -267,8 +268,13 @@ def summarize(experiment: Experiment) -> str:
             told = {"quantity": claim["claim"], "value": claim["ours"], "agrees": claim["agrees"]}
             rows.append(about | {"kind": "claim"} | told)
         rows += [about | told for row in result.get("table", []) for told in _told(row)]
-    folder = experiment.root / experiment.folder
-    files.write_json(folder / "summary.json", {"rows": rows, "missing": missing})
+    folder, points = experiment.root / experiment.folder, experiment.points
+    axes = [
+        {"name": k, "values": _distinct([str(p.values[k]) for p in points])}
+        for k in points[0].values
+    ]
+    grid = {"profile": Path(experiment.base).stem, "notebooks": experiment.notebooks, "axes": axes}
+    files.write_json(folder / "summary.json", grid | {"rows": rows, "missing": missing})
     columns = ["notebook", *experiment.points[0].values, "kind", "quantity", "value"]
     columns += ["sd", "n", "agrees"]
     text = io.StringIO()

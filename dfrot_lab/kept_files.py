@@ -27,11 +27,12 @@ try:
 except ImportError:  # Windows: jobs are recorded, and a batch, which needs it, does not start
     fcntl = None
 
-__all__ = ["recording", "root", "verify", "wait_for_jobs"]
+__all__ = ["MANIFEST", "check", "recording", "root", "verify", "wait_for_jobs"]
 
 MANIFEST = ".manifest.json"
 BATCH_LOCK = ".batch.lock"
 _JOBS_LOCK = ".jobs.lock"
+_DERIVED = ("figures", "gallery")  # drawn or copied from what is kept, any time
 _PERIOD = 5.0  # seconds between two looks at what a job has written
 _HASHED = 2 * 10**9  # bytes that every batch compares
 
@@ -84,6 +85,26 @@ def verify(folder: Path, thorough: bool = False) -> list[str]:
         if now != known:
             files.write_json(folder / MANIFEST, now)
     return said
+
+
+def check(folder: Path) -> dict[str, str]:
+    """Name → "recorded", "altered", "missing", "new" or "truncated", of every kept file by its bytes.
+
+    Nothing is changed or removed. new, truncated: nobody recorded it, and by its own header it is
+    whole or not. A manifest that cannot be read is "damaged", and then every file is one of these two.
+    """
+    known, lost = _read(folder)
+    found = {MANIFEST: "damaged"} if lost else {}
+    found |= dict.fromkeys(known, "missing")
+    for name, path in _kept(folder):
+        if not path.exists():
+            continue
+        if name not in known:
+            found[name] = "truncated" if _damage(path) else "new"
+        else:
+            alike = files.sha256(path) == known[name]["sha256"]
+            found[name] = "recorded" if alike else "altered"
+    return dict(sorted(found.items()))
 
 
 @contextmanager
@@ -164,7 +185,7 @@ def _read(folder: Path) -> tuple[dict[str, dict[str, Any]], bool]:
 def _kept(folder: Path) -> Iterator[tuple[str, Path]]:
     """(name relative to `folder`, path) of every artefact, measurement and result, links not followed."""
     for where, inside, names in os.walk(folder):
-        inside[:] = sorted(n for n in inside if not n.startswith(".") and n != "figures")
+        inside[:] = sorted(n for n in inside if not n.startswith(".") and n not in _DERIVED)
         parts = Path(where).relative_to(folder).parts
         every = "artefacts" in parts or "measurements" in parts
         for name in sorted(names):

@@ -1,4 +1,4 @@
-"""Manifests: SHA-256 of what was published and of what a batch left, recomputed.
+"""Manifests: SHA-256 of what was published and of what jobs have kept, recomputed.
 
 `SHA256SUMS` has the format of coreutils, so `sha256sum -c SHA256SUMS` in its folder checks it too.
 """
@@ -9,10 +9,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from dfrot_lab import assets, files
+from dfrot_lab import assets, files, kept_files
 
-__all__ = ["NAME", "ManifestError", "check", "check_artefacts", "check_assets", "write"]
+__all__ = [
+    "NAME", "ManifestError", "check", "check_assets", "check_inputs", "check_kept", "write",
+]  # fmt: skip
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -92,33 +95,40 @@ def check_assets(hashes: dict[str, str]) -> dict[str, str]:
     return wrong
 
 
-def check_artefacts(folder: str | Path, tokens: dict[str, str]) -> dict[str, str]:
-    """File of folder/artefacts → what is wrong with it ("missing", "altered", "truncated", …).
+def check_kept(folder: str | Path) -> tuple[dict[str, str], str]:
+    """(file → "altered", "missing", "truncated" or "damaged"; what holds of the rest, "" if of nothing).
 
-    assets.json has to hold the pinned hashes. Rotations listed in rotations.json are hashed; of every
-    other safetensors file, whose hash nothing records, the length is held against its header.
-    tokens: notebook → hash of the calibration tokens, which is held against that of the activations.
+    Every artefact, measurement and result is hashed and held against what the jobs recorded
+    (`kept_files`); for what nobody recorded there is its length.
+    """
+    found = kept_files.check(kept_files.root(folder))
+    good, new = (sum(v == word for v in found.values()) for word in ("recorded", "new"))
+    said = f"{good} artefacts, measurements and results as in {kept_files.MANIFEST}"
+    if new:
+        said += f"; {new} more that nobody recorded, of the right length"
+    wrong = {k: v for k, v in found.items() if v not in ("recorded", "new")}
+    return wrong, said if good else ""
+
+
+def check_inputs(folder: str | Path, tokens: dict[str, str]) -> dict[str, str]:
+    """File of folder/artefacts → what in it is not what was recorded elsewhere.
+
+    assets.json has to hold the pinned hashes; tokens, notebook → hash of its calibration tokens, that of
+    the activations' metadata. Hashes of the files themselves: `check_kept`.
     """
     home, wrong = Path(folder) / "artefacts", {}
     for name, digest in _listed(home / "assets.json", wrong).items():
         if name not in assets.ASSETS or digest != assets.ASSETS[name].sha256:
             wrong["assets.json"] = f"records {name} as {digest}, which is not what is pinned"
-    for name, digest in _listed(home / "rotations.json", wrong).items():
-        file = home / "rotations" / name
-        if not file.is_file():
-            wrong[f"rotations/{name}"] = "missing"
-        elif files.sha256(file) != digest:
-            wrong[f"rotations/{name}"] = "altered"
-    for file in sorted(home.rglob("*.safetensors")):
-        name = file.relative_to(home).as_posix()
-        about = _metadata(file)
-        if name not in wrong and about is None:
-            wrong[name] = "truncated"
-        elif file.name == "activations.safetensors" and about is not None:
-            collected = json.loads(about.get("dfrot", "{}")).get("tokens")
-            unlike = [n for n, digest in tokens.items() if digest != collected]
-            if unlike:
-                wrong[name] = f"collected on other tokens than recorded in {', '.join(unlike)}"
+    activations = home / "activations.safetensors"
+    if activations.is_file():
+        about = _about(activations)
+        if about is None:
+            wrong[activations.name] = "damaged"
+        elif unlike := [n for n, digest in tokens.items() if digest != about.get("tokens")]:
+            wrong[activations.name] = (
+                f"collected on other tokens than recorded in {', '.join(unlike)}"
+            )
     return wrong
 
 
@@ -133,14 +143,14 @@ def _listed(path: Path, wrong: dict[str, str]) -> dict[str, str]:
         return {}
 
 
-def _metadata(file: str | Path) -> dict[str, str] | None:
-    """The metadata of a safetensors file; None where its length is not what its header says."""
+def _about(file: Path) -> dict[str, Any] | None:
+    """What our metadata of a safetensors file says; None where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as f:
-            return f.metadata() or {}
-    except (SafetensorError, OSError):
+            return json.loads((f.metadata() or {}).get("dfrot", "{}"))
+    except (SafetensorError, OSError, ValueError):
         return None
 
 

@@ -11,16 +11,22 @@ from typing import Any
 from dfrot_lab import plots
 from dfrot_lab.plots.int4_kernels import TIMED
 
-__all__ = ["expected", "files_of", "keys", "stale"]
+__all__ = ["expected", "files_of", "keys", "stale", "timed"]
 
 
 def expected(notebook: str, reference: Path) -> list[str]:
     """The figures of a notebook, those of the package and those of the reference, timed ones left out."""
     ours = [n for n, spec in plots.FIGURES.items() if spec.notebook == notebook]
-    theirs = sorted(
-        p.stem for p in files_of(reference / notebook).values() if p.suffix in (".png", ".pdf")
-    )
-    return [n for n in dict.fromkeys([*ours, *theirs]) if n not in TIMED]
+    return [n for n in dict.fromkeys([*ours, *_drawn(reference / notebook)]) if n not in TIMED]
+
+
+def timed(notebook: str, reference: Path) -> list[str]:
+    """The figures of the reference that show what was timed, which nothing has to reproduce."""
+    return [n for n in _drawn(reference / notebook) if n in TIMED]
+
+
+def _drawn(home: Path) -> list[str]:
+    return sorted({p.stem for p in files_of(home).values() if p.suffix in (".png", ".pdf")})
 
 
 def files_of(home: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,12 +45,13 @@ class NotebookReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Hashes first, then a notebook at a time."""
+    """Hashes first, then a notebook at a time. asked: the notebooks named, where not all are told of."""
 
     profile: str
     reference: str
     hashes: list[Line]
     notebooks: list[NotebookReport]
+    asked: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[Line]:
@@ -61,6 +63,11 @@ class Report:
         """Whether nothing that was asked for differs or is missing."""
         return not any(line.failed for line in self.lines)
 
+    @property
+    def not_run(self) -> list[str]:
+        """The notebooks of the reference that have no result and were not asked for."""
+        return [n.notebook for n in self.notebooks if any(x.status == "not run" for x in n.lines)]
+
     def text(self) -> list[str]:
         """For people: a line a figure, then the notebook's numbers, claims and tables, then the verdict."""
         out = ["hashes", *map(str, self.hashes)]
@@ -69,23 +76,39 @@ class Report:
         return [*out, "", self.verdict]
 
     @property
+    def figures(self) -> dict[str, int]:
+        """How many figures the reference has of what is told of, and how many have each status."""
+        found = Counter(line.status for line in self.lines if line.kind == "figure")
+        return {"committed": found.total()} | dict(sorted(found.items()))
+
+    @property
     def verdict(self) -> str:
-        """The last line."""
-        figures = [line for line in self.lines if line.kind == "figure"]
-        good = sum(line.status == "reproduced" for line in figures)
-        failed = [line for line in self.lines if line.failed]
-        idle = sum(line.status == "not run" for line in self.lines)
-        said = f"{good} of {len(figures)} figures reproduced"
-        said += f", {idle} notebook{'s' * (idle > 1)} not run" if idle else ""
-        if failed:
+        """The last line: how much of all that was committed is reproduced, and what nobody ran."""
+        figures, idle = self.figures, self.not_run
+        of = f" of {', '.join(map(_number, self.asked))}" if self.asked else ""
+        said = [
+            f"{figures.get('reproduced', 0)} of {figures['committed']} committed figures{of} reproduced"
+        ]
+        if idle:
+            said.append(f"notebook{'s' * (len(idle) > 1)} {', '.join(map(_number, idle))} not run")
+        if timed := figures.get("not compared"):
+            said.append(f"{timed} timed, never compared")
+        if unhashed := [line.name for line in self.hashes if line.status == "not compared"]:
+            said.append(f"no hashes of {' and '.join(unhashed)}")
+        if failed := [line for line in self.lines if line.failed]:
             names = list(dict.fromkeys(line.name for line in failed))
             told = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
-            return f"NOT REPRODUCED: {said}; {_lines(len(failed))}: {told}"
-        return f"REPRODUCED: {said}"
+            return f"NOT REPRODUCED: {'; '.join(said)}; {_lines(len(failed))}: {told}"
+        return f"REPRODUCED{' AS FAR AS RUN' if idle else ''}: {'; '.join(said)}"
 
     def as_json(self) -> dict[str, Any]:
         """For machines: all of it, with every difference."""
-        return asdict(self) | {"reproduced": self.reproduced, "verdict": self.verdict}
+        told = {"reproduced": self.reproduced, "figures": self.figures, "not_run": self.not_run}
+        return asdict(self) | told | {"verdict": self.verdict}
+
+
+def _number(notebook: str) -> str:
+    return notebook.split("_", maxsplit=1)[0]
 
 
 def _lines(n: int) -> str:

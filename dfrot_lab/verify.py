@@ -10,13 +10,10 @@ What was timed (speed.json and the figures drawn from it, wall time, memory) is 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dfrot_lab import files, manifest, pictures, results, tolerances
-from dfrot_lab.tolerances import Difference
+from dfrot_lab import files, manifest, pairs, pictures, results, tolerances
 from dfrot_lab.verdicts import Line, NotebookReport, Report
 
 __all__ = ["VerifyError", "verify"]
@@ -24,6 +21,7 @@ __all__ = ["VerifyError", "verify"]
 # what makes a notebook; the rest is asked for by number
 MADE_BY = {"01": "figures", "02": "figures", "03": "figures", "04": "figures"}
 MADE_BY |= {"05": "tables", "06": "tables", "07": "kernels", "08": "theory", "09": "objectives"}
+MADE_BY |= {"10": "zeroshot"}
 _MACHINE = ("processor", "system", "threads", "cuda", "python")
 _PLACE = ("device", "threads")  # parameters that say where, not what
 _DRAWING = ("matplotlib",)
@@ -64,26 +62,36 @@ def verify(
     wanted = asked or (known if every else known & (made | first))
     altered = None if _unlisted(reference) else manifest.check(reference)
     inputs = {n: _inputs(_provenance(folder / n)) for n in sorted(made & wanted)}
-    hashes = _hashes(folder, altered, inputs)
+    hashes = _hashes(folder, reference, altered, inputs)
     altered = altered or {}
     notebooks = []
     for name in sorted(wanted):
         if name in made:
-            notebooks.append(_notebook(name, folder, reference, altered, tolerant))
+            told = _notebook(name, folder, reference, altered, tolerant)
         else:
             detail = f"no result in {folder / name}: run `{_target(name)}`"
-            lines = [
-                Line("figure", n, "missing", detail) for n in pictures.expected(name, reference)
-            ]
-            lines = lines or [Line("notebook", name, "missing", detail)]
-            notebooks.append(NotebookReport(name, "missing", lines))
+            names = pictures.expected(name, reference)
+            told = NotebookReport(name, "missing", _each(name, names, "missing", detail))
+        told.lines.extend(
+            Line("figure", n, "not compared", "(it shows what was timed)")
+            for n in pictures.timed(name, reference)
+        )
+        notebooks.append(told)
     for name in [] if asked else sorted((known | made) - wanted):
         if name in known:
-            line = Line("notebook", name, "not run", f"(`{_target(name)}` runs it)")
+            about = f"not run (`{_target(name)}` runs it)"
+            names = pictures.expected(name, reference) + pictures.timed(name, reference)
+            notebooks.append(NotebookReport(name, about, _each(name, names, "not run")))
         else:
             line = Line("notebook", name, "not compared", "(the reference does not hold it)")
-        notebooks.append(NotebookReport(name, line.status, [line]))
-    return Report(profile, str(reference), hashes, notebooks)
+            notebooks.append(NotebookReport(name, line.status, [line]))
+    return Report(profile, str(reference), hashes, notebooks, tuple(sorted(asked)))
+
+
+def _each(notebook: str, figures: list[str], status: str, detail: str = "") -> list[Line]:
+    """The same of every figure of a notebook; of the notebook where it has none."""
+    lines = [Line("figure", name, status, detail) for name in figures]
+    return lines or [Line("notebook", notebook, status, detail)]
 
 
 def _notebooks(folder: Path) -> set[str]:
@@ -106,27 +114,35 @@ def _unlisted(reference: Path) -> bool:
 
 
 def _hashes(
-    folder: Path, altered: dict[str, str] | None, inputs: dict[str, dict[str, Any]]
+    folder: Path, reference: Path, altered: dict[str, str] | None, inputs: dict[str, dict[str, Any]]
 ) -> list[Line]:
-    """A line each for the reference's files, the packaged assets and the kept artefacts.
+    """A line each for the reference's files, the packaged assets, the kept files and their inputs.
 
     inputs: notebook → the hashes its provenance has recorded.
     """
     if altered is None:
-        lines = [Line("hash", "reference", "not compared", f"(it has no {manifest.NAME})")]
+        lines = [_kept("reference", reference)]
     else:
         lines = [_wrong("reference", altered, f"every file as in {manifest.NAME}")]
     recorded = {k: v for found in inputs.values() for k, v in found.get("assets", {}).items()}
     if recorded:
         good = f"{', '.join(sorted(recorded))}: SHA-256 of the cached files as pinned"
         lines.append(_wrong("assets", manifest.check_assets(recorded), good))
+    lines.append(_kept("kept files", folder))
     if (folder / "artefacts").is_dir():
         tokens = {
             n: v["calibration_tokens"] for n, v in inputs.items() if "calibration_tokens" in v
         }
-        good = "rotations hashed, lengths checked, calibration tokens as recorded"
-        lines.append(_wrong("artefacts", manifest.check_artefacts(folder, tokens), good))
+        good = "assets and calibration tokens as recorded in the results"
+        lines.append(_wrong("artefacts", manifest.check_inputs(folder, tokens), good))
     return lines
+
+
+def _kept(name: str, folder: Path) -> Line:
+    wrong, good = manifest.check_kept(folder)
+    if wrong or good:
+        return _wrong(name, wrong, good)
+    return Line("hash", name, "not compared", f"(nothing in {folder} was recorded by its hash)")
 
 
 def _wrong(name: str, wrong: dict[str, str], good: str) -> Line:
@@ -153,19 +169,6 @@ def _inputs(provenance: dict[str, Any]) -> dict[str, Any]:
 # --- one notebook ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A notebook's result and the reference's, and how the one may be compared with the other."""
-
-    name: str
-    home: Path
-    reference: Path
-    ours: dict[str, Any]
-    theirs: dict[str, Any]
-    exact: bool
-    same_drawing: bool
-
-
 def _notebook(
     name: str, folder: Path, reference: Path, altered: dict[str, str], tolerant: bool
 ) -> NotebookReport:
@@ -186,23 +189,23 @@ def _notebook(
         return NotebookReport(name, "other parameters", lines)
     drawn_with = {k for k in elsewhere if k.split()[0] in _DRAWING}
     exact = not (elsewhere - drawn_with) and not tolerant
-    pair = _Pair(name, home, other, ours, theirs, exact, exact and not drawn_with)
+    pair = pairs.Pair(name, home, other, ours, theirs, exact, exact and not drawn_with)
     about = "same machine and versions, held byte for byte" if exact else "held within tolerances"
     if elsewhere:
         about += f" ({'; '.join(sorted(elsewhere))})"
     if published.get("commit"):
         about += f"; reference from commit {published['commit'][:7]}"
-    wrong = tolerances.differences(_compared(theirs), _compared(ours), exact=exact)
+    wrong = tolerances.differences(pairs.compared(theirs), pairs.compared(ours), exact=exact)
     inputs = tolerances.differences(_inputs(published), _inputs(made), exact=True)
     said = made.get("parameters") != ours.get("parameters")
-    lines = [_figure(f, pair, wrong, altered) for f in figures] + _rest(pair, wrong)
+    lines = [pairs.figure(f, pair, wrong, altered) for f in figures] + pairs.rest(pair, wrong)
     if inputs:
-        lines.append(Line("inputs", "inputs", "differs", _worst(inputs), inputs))
+        lines.append(Line("inputs", "inputs", "differs", pairs.worst(inputs), inputs))
     if said:
         detail = f"(parameters in {home / 'provenance.json'} are not those of the result)"
         lines.append(Line("inputs", "provenance", "differs", detail))
     if figures and not pair.same_drawing:
-        lines += _redrawn(pair, made, figures)
+        lines += pairs.redrawn(pair, made, figures)
     return NotebookReport(name, about, lines)
 
 
@@ -211,10 +214,6 @@ def _result(home: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise results.ResultError(f"{home / 'result.json'} is damaged: it holds no result")
     return found
-
-
-def _compared(result: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in result.items() if k != "parameters"}
 
 
 def _elsewhere(made: dict, published: dict) -> set[str]:
@@ -243,91 +242,3 @@ def _parameters(ours: dict, theirs: dict) -> str:
         for key in sorted(a.keys() | b.keys())
         if key not in a or key not in b or a[key] != b[key]
     )
-
-
-def _worst(wrong: list[Difference]) -> str:
-    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    return f"{wrong[0]}{more}"
-
-
-# --- its lines --------------------------------------------------------------------------------------
-
-
-def _figure(name: str, pair: _Pair, wrong: list[Difference], altered: dict[str, str]) -> Line:
-    """Its data, then its files."""
-    ours, theirs = pictures.files_of(pair.home), pictures.files_of(pair.reference)
-    parts = [f"{name}{suffix}" for suffix in (".pdf", ".png", ".md")]
-    if lost := [p for p in parts if p not in ours]:
-        return Line("figure", name, "missing", f"({', '.join(lost)} not in {pair.home})")
-    if lost := [p for p in parts if p not in theirs]:
-        return Line("figure", name, "missing", f"({', '.join(lost)} not in {pair.reference})")
-    keys = pictures.keys(name, pair.theirs) if wrong else set()
-    mine = [d for d in wrong if _top(d) in keys or not _top(d)]
-    if mine:
-        return Line("figure", name, "differs", _worst(mine), mine)
-    touched = [f"{p} {altered[k]}" for p in parts if (k := f"{pair.name}/{p}") in altered]
-    if touched:
-        return Line("figure", name, "differs", f"(of the reference, {', '.join(touched)})")
-    if pair.same_drawing:
-        unlike = [p for p in parts if ours[p].read_bytes() != theirs[p].read_bytes()]
-        if unlike:
-            return Line("figure", name, "differs", f"in the bytes of {', '.join(unlike)} alone")
-    return Line("figure", name, "reproduced")
-
-
-def _top(difference: Difference) -> str:
-    return difference.path.split(".")[0].split("[")[0]
-
-
-def _rest(pair: _Pair, wrong: list[Difference]) -> list[Line]:
-    """Lines for all numbers together, the claims, and the files of tables."""
-    claims = [d for d in wrong if _top(d) == "claims"]
-    count = len(pair.theirs.get("claims") or [])
-    lines = []
-    if wrong:
-        lines.append(Line("numbers", "result.json", "differs", _worst(wrong), wrong))
-    elif pair.exact and _bytes(pair.home) != _bytes(pair.reference):
-        lines.append(Line("numbers", "result.json", "differs", "in bytes, in no value"))
-    else:
-        held = f"({tolerances.numbers(_compared(pair.theirs)):,} numbers)"
-        lines.append(Line("numbers", "result.json", "reproduced", held))
-    if claims:
-        lines.append(Line("claims", "claims", "differs", _worst(claims), claims))
-    elif count:
-        agree = sum(bool(c.get("agrees")) for c in pair.theirs["claims"])
-        lines.append(
-            Line("claims", "claims", "reproduced", f"({agree} of {count} agree with the paper)")
-        )
-    ours, theirs = pictures.files_of(pair.home), pictures.files_of(pair.reference)
-    for name in sorted(n for n in theirs if n.startswith("tables_")):
-        if name not in ours:
-            lines.append(Line("table", name, "missing", f"(not in {pair.home})"))
-        elif not pair.exact:
-            lines.append(Line("table", name, "not compared", "(its numbers are, in result.json)"))
-        elif ours[name].read_bytes() != theirs[name].read_bytes():
-            lines.append(Line("table", name, "differs", "in its bytes"))
-        else:
-            lines.append(Line("table", name, "reproduced"))
-    return lines
-
-
-def _bytes(home: Path) -> bytes:
-    return (home / "result.json").read_bytes()
-
-
-def _redrawn(pair: _Pair, made: dict[str, Any], figures: list[str]) -> list[Line]:
-    """Whether the files in the results are what their own result gives, where they can be drawn alike."""
-    versions = made.get("versions") or {}
-    for package in ("matplotlib", "numpy"):
-        if (here := metadata.version(package)) != versions.get(package):
-            detail = f"(drawn with {package} {versions.get(package)}, which is {here} here)"
-            return [Line("pictures", "pictures", "not compared", detail)]
-    try:
-        unlike = pictures.stale(pair.home, figures)
-    except Exception as error:  # what was altered may fail anywhere
-        detail = f"(cannot be drawn from {pair.home / 'result.json'}: {error})"
-        return [Line("pictures", "pictures", "differs", detail)]
-    if unlike:
-        detail = f"({', '.join(unlike)} not what {pair.home / 'result.json'} gives)"
-        return [Line("pictures", "pictures", "differs", detail)]
-    return [Line("pictures", "pictures", "reproduced", "(drawn again from this result, as found)")]

@@ -334,6 +334,17 @@ def test_the_command_says_where_from(tmp_path):
     assert "make figures" in done.output
 
 
+def test_provenance_is_one_click_from_the_front_page(tmp_path):
+    gallery.build([ROOT / "figures"], tmp_path / "site", ROOT)
+    front = (tmp_path / "site" / "index.html").read_text()
+    tiles = re.findall(r'<p class="from">.*?</p>', front)
+    differ = re.findall(r"<li><span class=\"verdict no\">.*?</li>", front)
+    captions = re.findall(r"<figcaption>.*?</figcaption>", front)
+    assert len(tiles) == 6 and differ and len(captions) == 1
+    for part in (*tiles, *differ, *captions):
+        assert re.search(r'href="\d\d_\w+\.html#provenance"', part), part
+
+
 def test_every_formula_of_the_notebooks_is_mathml():
     seen = 0
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):

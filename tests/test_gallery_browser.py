@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
-from dfrot_lab import gallery
+from dfrot_lab import experiments, gallery
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[1]
@@ -21,7 +24,14 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--window-size=1280,900",
 )  # fmt: skip
-PAGES = ("index", "tables", "03_massive_tokens_fp16", "07_int4_kernels", "08_why_it_works")
+NOTEBOOKS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+EXECUTED = "03_massive_tokens_fp16"
+# every page of the site of figures/, and those of a smoke run that it has nothing like: with outputs, a grid
+PAGES = [f"published/{name}" for name in ("index", "tables", *NOTEBOOKS)]
+PAGES += [f"run/{name}" for name in ("index", "tables", EXECUTED, "experiment-pair")]
+ONCE = pytest.mark.parametrize("base", ["file"], indirect=True)  # what a server changes nothing of
+BARE = {"tables", "experiment-pair"}  # no image
+BARE |= {n for n in NOTEBOOKS if not (ROOT / "figures" / n / "result.json").is_file()}
 # relative luminance of the ground behind an element's text, and of the text
 CONTRAST = """
 const lum = c => c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
@@ -45,9 +55,36 @@ return worst;
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def run(tmp_path_factory):
+    """results/smoke of a project: a notebook as `dfrot-lab run` leaves it, and a grid of two points."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "notebooks").symlink_to(ROOT / "notebooks")
+    grid = {
+        "pair": {"notebooks": ["03"], "grid": {"bits": ["16-4-16", "16-8-16"], "seeds": [[0, 1]]}}
+    }
+    (root / "experiments.yml").write_text(yaml.safe_dump(grid))
+    home = root / "results" / "smoke"
+    asked = ["run", "03", "--profile", "smoke", "--folder", str(home)]
+    done = subprocess.run(
+        [sys.executable, "-m", "dfrot_lab.cli", *asked],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = experiments.find("pair", "smoke", root)
+    for point in found.points:
+        copy = root / point.folder / EXECUTED
+        shutil.copytree(home / EXECUTED, copy)
+        text = (copy / "result.json").read_text()
+        (copy / "result.json").write_text(text.replace("16-4-16", point.values["bits"]))
+    experiments.summarize(found)
+    return home
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, run):
     out = tmp_path_factory.mktemp("site") / "a gallery"  # a space, as a reader's folder may have
-    gallery.build([ROOT / "figures"], out, ROOT)
+    gallery.build([ROOT / "figures"], out / "published", ROOT)
+    gallery.build([run], out / "run", run.parents[1])
     return out
 
 
@@ -140,8 +177,9 @@ def test_a_page_is_whole_silent_and_alone(view, base, page):
     images = browser.execute_script(
         "return [...document.images].map(i => [i.src, i.complete && i.naturalWidth, i.alt.trim()])"
     )
-    assert images or page in ("tables", "07_int4_kernels")
+    assert images or page.split("/")[1] in BARE
     assert [i for i in images if not i[1] or not i[2]] == []
+    assert len(images) >= len(browser.find_elements("css selector", "figure"))
     assert browser.execute_script("return document.styleSheets.length") == 1
     assert browser.get_log("browser") == []
     urls = list(requested(browser))
@@ -152,7 +190,7 @@ def test_a_page_is_whole_silent_and_alone(view, base, page):
 
 def test_another_host_is_out_of_reach(view):
     """The log does see such a request, and the page's policy stops it."""
-    browser = view("index")
+    browser = view("published/index")
     list(requested(browser))
     browser.execute_async_script(
         "const i = new Image(); i.onerror = i.onload = () => arguments[0]();"
@@ -161,6 +199,7 @@ def test_another_host_is_out_of_reach(view):
     assert any("Content Security Policy" in e["message"] for e in browser.get_log("browser"))
 
 
+@ONCE
 @pytest.mark.parametrize("width", [390, 768])
 @pytest.mark.parametrize("page", PAGES)
 def test_nothing_is_wider_than_the_screen(view, page, width):
@@ -173,6 +212,7 @@ def test_nothing_is_wider_than_the_screen(view, page, width):
     assert small == 0
 
 
+@ONCE
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("page", PAGES)
 def test_text_stands_out_in_either_theme(view, page, theme):
@@ -181,23 +221,23 @@ def test_text_stands_out_in_either_theme(view, page, theme):
 
 
 def test_the_theme_is_chosen_and_kept(view):
-    browser = view("index")
+    browser = view("published/index")
     ground = "return getComputedStyle(document.body).backgroundColor"
     light = browser.execute_script(ground)
     browser.find_element("id", "theme").click()
     dark = browser.execute_script(ground)
     assert light != dark
-    assert view("tables").execute_script(ground) == dark  # the system still says light
+    assert view("published/tables").execute_script(ground) == dark  # the system still says light
     browser.find_element("id", "theme").click()
     assert browser.execute_script(ground) == light
     browser.execute_script("localStorage.clear()")
-    assert view("index", theme="dark").execute_script(ground) == dark
+    assert view("published/index", theme="dark").execute_script(ground) == dark
 
 
 def test_the_keyboard_is_enough(view):
     from selenium.webdriver import Keys
 
-    browser = view("index")
+    browser = view("published/index")
     press(browser, Keys.TAB)
     focus = browser.switch_to.active_element
     assert focus.text == "Skip to the content"
@@ -223,8 +263,52 @@ def test_the_keyboard_is_enough(view):
     assert browser.find_element("css selector", "h1").text.startswith("9 ·")
 
 
+@ONCE
+def test_an_executed_notebook_shows_its_outputs_and_parameters(view):
+    browser = view(f"run/{EXECUTED}")
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('.notebook img')]"
+        ".map(i => [i.getAttribute('src'), i.naturalWidth, i.alt, i.closest('.output') !== null])"
+    )
+    assert len(shown) >= 2
+    for src, width, alt, inside in shown:
+        assert src.startswith(f"{EXECUTED}/output_") and width > 100 and inside
+        assert len(alt) > 20 and not alt.startswith("Output:")  # the figure's caption
+    (cell,) = browser.find_elements("css selector", ".cell.injected")
+    assert 'model = "tiny:llama"' in cell.text and cell.is_displayed()
+    label = "return getComputedStyle(arguments[0], '::before').content"
+    assert "Parameters of this run" in browser.execute_script(label, cell)
+    tables = browser.find_elements("css selector", ".notebook .output table")
+    assert any("paper says" in t.text for t in tables)
+    assert "As executed" in browser.find_element("css selector", "#notebook ~ .note").text
+    assert browser.find_elements("css selector", ".output.error") == []
+
+
+@ONCE
+def test_an_experiment_is_found_from_the_front_page(view):
+    browser = view("run/index")
+    link = browser.find_element("css selector", "#experiments ~ ul h3 a")
+    browser.execute_script("arguments[0].click()", link)
+    assert browser.find_element("css selector", "h1").text == "Experiment pair"
+    table = browser.find_element("css selector", "table.data")
+    heads = [e.text for e in table.find_elements("css selector", "thead th")]
+    assert heads[-2:] == ["16-4-16", "16-8-16"]
+    assert len(table.find_elements("css selector", "tbody tr")) > 3
+
+
+@ONCE
+def test_provenance_is_one_click_from_every_number_of_the_front_page(view):
+    browser = view("published/index")
+    lost = browser.execute_script(
+        "return [...document.querySelectorAll('.tiles li, .differ li, .cards li, figure')]"
+        ".filter(e => !e.querySelector('a[href$=\"#provenance\"]')"
+        " && !e.textContent.includes('source only')).map(e => e.textContent.slice(0, 60))"
+    )
+    assert lost == []
+
+
 def test_formulas_are_drawn(view):
-    browser = view("08_why_it_works")
+    browser = view("published/08_why_it_works")
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect())"
         ".map(r => [r.width, r.height])"
@@ -243,7 +327,7 @@ def test_a_screenshot_has_both_ink_and_ground(view, tmp_path):
 
     for theme in ("light", "dark"):
         path = tmp_path / f"{theme}.png"
-        assert view("index", theme=theme).save_screenshot(str(path))
+        assert view("published/index", theme=theme).save_screenshot(str(path))
         grey = matplotlib.image.imread(path)[..., :3].mean(-1)
         assert grey.shape[1] == 1280
         assert grey.max() - grey.min() > 0.7

@@ -1,5 +1,6 @@
-"""SHA256SUMS of what was published, and the artefacts of a batch: what was altered is named."""
+"""SHA256SUMS of what was published, and what jobs have kept: what was altered is named."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dfrot_lab import assets, files, manifest
+from dfrot_lab import assets, files, kept_files, manifest
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,39 +67,86 @@ def test_a_manifest_that_is_missing_or_cut_says_so(published):
 
 
 @pytest.fixture
-def batch(tmp_path):
-    home = tmp_path / "artefacts"
-    (home / "rotations").mkdir(parents=True)
-    for i in range(2):
-        save_file({"R1": np.eye(8) * (i + 1)}, home / "rotations" / f"{i}.safetensors")
-    save_file({"X": np.ones(8)}, home / "activations.safetensors", {"dfrot": '{"tokens": "t"}'})
-    hashes = {"0.safetensors": files.sha256(home / "rotations" / "0.safetensors")}
-    files.write_json(home / "rotations.json", hashes)
+def kept(tmp_path):
+    """A results folder with a file of each kind that is kept, all recorded."""
+    home = tmp_path / "smoke" / "artefacts"
+    for name in ("rotations/0", "hessians/layer-000", "activations"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        about = {"dfrot": '{"tokens": "t"}'}
+        save_file({"X": np.arange(100.0)}, home / f"{name}.safetensors", about)
     files.write_json(home / "assets.json", {"lee": assets.ASSETS["lee"].sha256})
-    return tmp_path
+    files.write_json(home.parent / "measurements" / "row.json", {"ppl": 31.625})
+    files.write_json(home.parent / "03" / "result.json", {"ppl": 31.625})
+    assert kept_files.verify(home.parent) == []
+    return home.parent
 
 
-def test_artefacts(batch):
-    home = batch / "artefacts"
-    assert manifest.check_artefacts(batch, {"03": "t"}) == {}
-    assert "recorded in 04" in str(manifest.check_artefacts(batch, {"03": "t", "04": "u"}))
-    for name in ("rotations/0.safetensors", "rotations/1.safetensors", "activations.safetensors"):
-        whole = (home / name).read_bytes()
-        (home / name).write_bytes(whole[:-1])
-        wrong = manifest.check_artefacts(batch, {})
-        assert wrong == {name: "altered" if name.startswith("rotations/0") else "truncated"}
-        (home / name).write_bytes(whole)
-    listed = home / "rotations" / "0.safetensors"
-    listed.write_bytes(listed.read_bytes()[:-1] + b"\x01")
-    assert manifest.check_artefacts(batch, {}) == {"rotations/0.safetensors": "altered"}
-    listed.unlink()
-    assert manifest.check_artefacts(batch, {}) == {"rotations/0.safetensors": "missing"}
+KEPT = [
+    "03/result.json",
+    "artefacts/activations.safetensors",
+    "artefacts/hessians/layer-000.safetensors",
+    "artefacts/rotations/0.safetensors",
+    "measurements/row.json",
+]
 
 
-@pytest.mark.parametrize("name", ["assets.json", "rotations.json"])
-def test_damaged_lists_are_named(batch, name):
-    (batch / "artefacts" / name).write_text('{"half": ')
-    assert manifest.check_artefacts(batch, {}) == {name: "damaged"}
+def tree(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_one_byte_of_a_kept_file_is_seen_and_nothing_is_touched(kept, name):
+    wrong, said = manifest.check_kept(kept)
+    assert wrong == {} and said.startswith("6 artefacts, measurements and results")
+    path = kept / name
+    whole, stat = path.read_bytes(), path.stat()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # behind an unchanged size and time
+    before = tree(kept)
+    assert manifest.check_kept(kept)[0] == {name: "altered"}
+    path.unlink()
+    assert manifest.check_kept(kept)[0] == {name: "missing"}
+    path.write_bytes(whole)
+    assert manifest.check_kept(kept)[0] == {}
+    assert before.keys() == tree(kept).keys()
+
+
+def test_what_nobody_recorded_is_held_against_its_length(kept):
+    new = kept / "artefacts" / "rotations" / "1.safetensors"
+    new.write_bytes((kept / KEPT[1]).read_bytes())
+    wrong, said = manifest.check_kept(kept)
+    assert wrong == {} and said.endswith("; 1 more that nobody recorded, of the right length")
+    new.write_bytes(new.read_bytes()[:-1])
+    assert manifest.check_kept(kept)[0] == {"artefacts/rotations/1.safetensors": "truncated"}
+
+
+def test_without_a_record_nothing_is_said_to_be_as_recorded(kept):
+    (kept / kept_files.MANIFEST).unlink()
+    assert manifest.check_kept(kept) == ({}, "")
+    (kept / kept_files.MANIFEST).write_text('{"half": ')
+    assert manifest.check_kept(kept)[0] == {kept_files.MANIFEST: "damaged"}
+
+
+def test_a_gallery_in_a_results_folder_is_no_result(kept):
+    copy = kept / "gallery" / "03" / "result.json"
+    files.write_json(copy, {"ppl": 31.625})
+    assert manifest.check_kept(kept)[1].startswith("6 ") and kept_files.verify(kept) == []
+    files.write_json(copy, {"ppl": 31.626})  # the next gallery
+    assert manifest.check_kept(kept)[0] == {} and kept_files.verify(kept) == []
+    assert copy.exists()
+
+
+def test_inputs_of_the_artefacts(kept):
+    assert manifest.check_inputs(kept, {"03": "t"}) == {}
+    assert "recorded in 04" in str(manifest.check_inputs(kept, {"03": "t", "04": "u"}))
+    listed = kept / "artefacts" / "assets.json"
+    files.write_json(listed, {"lee": "0" * 64})
+    assert "not what is pinned" in manifest.check_inputs(kept, {})["assets.json"]
+    listed.write_text('{"half": ')
+    assert manifest.check_inputs(kept, {}) == {"assets.json": "damaged"}
+    (kept / "artefacts" / "activations.safetensors").write_bytes(b"x" * 20)
+    assert manifest.check_inputs(kept, {})["activations.safetensors"] == "damaged"
 
 
 def test_assets_are_hashed_anew(tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from dfrot_lab import assets, files, manifest, pictures, results
+from dfrot_lab import assets, files, kept_files, manifest, pictures, results
 from dfrot_lab.cli import app
 from dfrot_lab.verify import VerifyError, verify
 
@@ -34,7 +36,15 @@ def trees(tmp_path):
     for file in (reference / NAME).iterdir():
         within = NAME if file.suffix == ".json" else f"{NAME}/figures"
         shutil.copyfile(file, made / within / file.name)
+    (made / kept_files.BATCH_LOCK).touch()
+    recorded(made)
     return made, reference
+
+
+def recorded(made):
+    """As after a run: the hashes of what is there now."""
+    (made / kept_files.MANIFEST).unlink(missing_ok=True)
+    assert kept_files.verify(made) == []
 
 
 def statuses(report):
@@ -59,7 +69,8 @@ def elsewhere(made):
 
 def test_as_committed(trees):
     report = verify("demo", *trees)
-    assert report.reproduced and "2 of 2 figures reproduced" in report.verdict
+    assert report.verdict == "REPRODUCED: 2 of 2 committed figures reproduced"
+    assert report.reproduced
     assert set(statuses(report).values()) == {"reproduced"}
     json.dumps(report.as_json(), allow_nan=False)
 
@@ -67,10 +78,12 @@ def test_as_committed(trees):
 def test_one_digit_of_a_result_fails_the_figures_drawn_from_it(trees):
     made, reference = trees
     edit(made / NAME / "result.json", lambda r: r["exempted"][1].update(pairs=874))
+    recorded(made)
     report = verify("demo", made, reference)
     assert statuses(report) == {
         "reference": "reproduced",
         "assets": "reproduced",
+        "kept files": "reproduced",
         "exempted_tokens": "differs",
         "massive_tokens_fp16": "differs",  # its caption counts them
         "result.json": "differs",
@@ -119,13 +132,58 @@ def test_elsewhere_numbers_may_move_within_the_spread_and_no_further(trees, undr
     elsewhere(made)
     path = made / NAME / "result.json"
     edit(path, lambda r: r["first_token"][0].update(first=35.9))  # 1.9 %
+    recorded(made)
     report = verify("demo", made, reference)
-    assert statuses(report)["result.json"] == "reproduced"
+    assert report.reproduced and statuses(report)["result.json"] == "reproduced"
     assert "processor another processor against" in "\n".join(report.text())
     edit(path, lambda r: r["first_token"][0].update(first=45.2))
     report = verify("demo", made, reference)
     assert statuses(report)["result.json"] == "differs"
     assert "first_token[0].first" in "\n".join(report.text())
+
+
+def test_elsewhere_one_digit_within_the_tolerance_fails_by_its_hash(trees, undrawn):
+    made, reference = trees
+    elsewhere(made)
+    assert verify("demo", made, reference).reproduced
+    path = made / NAME / "result.json"
+    edit(path, lambda r: r["first_token"][0].update(first=r["first_token"][0]["first"] + 0.001))
+    report = verify("demo", made, reference)
+    assert statuses(report)["result.json"] == "reproduced"
+    assert [line.name for line in report.lines if line.failed] == ["kept files"]
+    assert f"({NAME}/result.json altered)" in "\n".join(report.text())
+    assert report.verdict.startswith("NOT REPRODUCED: 2 of 2 committed figures reproduced; 1 line")
+
+
+def test_one_byte_of_an_artefact_fails(trees, undrawn):
+    made, reference = trees
+    path = made / "artefacts" / "hessians" / "layer-000.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file({"H": np.ones(64)}, path)
+    recorded(made)
+    assert verify("demo", made, reference).reproduced
+    path.write_bytes(path.read_bytes()[:-1] + b"\x3e")  # of a number, which stays one
+    report = verify("demo", made, reference)
+    assert [line.name for line in report.lines if line.failed] == ["kept files"]
+    assert "artefacts/hessians/layer-000.safetensors altered" in "\n".join(report.text())
+
+
+def test_hashes_that_nobody_recorded_are_told_in_the_verdict(trees):
+    made, reference = trees
+    (made / kept_files.MANIFEST).unlink()
+    report = verify("demo", made, reference)
+    assert statuses(report)["kept files"] == "not compared"
+    assert report.verdict.endswith("figures reproduced; no hashes of kept files")
+
+
+def test_a_reference_of_results_is_hashed_by_what_its_jobs_recorded(trees):
+    made, _ = trees
+    other = Path(shutil.copytree(made, made.parent / "others"))
+    assert verify("demo", made, other).reproduced
+    edit(other / NAME / "result.json", lambda r: r["first_token"][0].update(first=1))
+    report = verify("demo", made, other)
+    assert statuses(report)["reference"] == "differs"
+    assert statuses(report)["kept files"] == "reproduced"
 
 
 def test_a_claim_that_turns_fails_elsewhere(trees, undrawn):
@@ -165,14 +223,41 @@ def test_not_run_is_no_failure_unless_asked_for(trees):
     for other in ("02_ro_vs_rh_error", "09_objectives"):
         shutil.copytree(ROOT / "figures" / other, reference / other)
     manifest.write(reference)
-    found = statuses(verify("demo", made, reference))
+    report = verify("demo", made, reference)
+    found = statuses(report)
     assert found["error_scatter"] == "missing"  # of the first four
-    assert found["09_objectives"] == "not run"
+    assert found["prefix_in_cache"] == "not run"
+    assert report.not_run == ["09_objectives"]
+    assert "2 of 10 committed figures reproduced; notebook 09 not run;" in report.verdict
     report = verify("demo", made, reference, asked=[NAME])
-    assert report.reproduced and "09_objectives" not in statuses(report)
+    assert report.reproduced and "prefix_in_cache" not in statuses(report)
+    assert report.verdict == "REPRODUCED: 2 of 2 committed figures of 03 reproduced"
     assert not verify("demo", made, reference, asked=["09_objectives"]).reproduced
     assert statuses(verify("demo", made, reference, every=True))["prefix_in_cache"] == "missing"
-    assert "`make objectives` runs it" in "\n".join(verify("demo", made, reference).text())
+    assert "09_objectives: not run (`make objectives` runs it)" in "\n".join(
+        verify("demo", made, reference).text()
+    )
+
+
+def test_the_verdict_says_how_much_of_what_is_committed_was_run(trees):
+    made, reference = trees
+    for other in ("07_int4_kernels", "09_objectives"):
+        shutil.copytree(ROOT / "figures" / other, reference / other)
+    manifest.write(reference)
+    report = verify("demo", made, reference)
+    assert report.reproduced
+    assert report.verdict == (
+        "REPRODUCED AS FAR AS RUN: 2 of 9 committed figures reproduced; notebooks 07, 09 not run"
+    )
+    shutil.copytree(reference / "07_int4_kernels", made / "07_int4_kernels")
+    recorded(made)
+    report = verify("demo", made, reference)
+    assert report.reproduced and report.figures["not compared"] == 2
+    assert report.verdict == (
+        "REPRODUCED AS FAR AS RUN: 4 of 9 committed figures reproduced; notebook 09 not run; "
+        "2 timed, never compared"
+    )
+    assert report.as_json()["figures"]["committed"] == 9
 
 
 def test_nothing_to_compare(trees, tmp_path):
@@ -230,7 +315,7 @@ def test_exit_status_and_json(trees, tmp_path):
     there = ("demo", "--folder", made, "--against", reference)
     done = invoke(*there, "--json", tmp_path / "verdict.json")
     assert done.exit_code == 0, done.output
-    assert done.output.splitlines()[-1].startswith("REPRODUCED: 2 of 2 figures")
+    assert done.output.splitlines()[-1].startswith("REPRODUCED: 2 of 2 committed figures")
     assert files.read_json(tmp_path / "verdict.json")["reproduced"] is True
     (made / NAME / "figures" / "exempted_tokens.md").write_text("another caption\n")
     done = invoke(*there, "--json", tmp_path / "verdict.json")
@@ -245,7 +330,7 @@ def test_exit_status_and_json(trees, tmp_path):
     ("arguments", "said"),
     [
         (["no-such-profile"], "profile 'no-such-profile' is unknown"),
-        (["smoke"], "profile 'smoke' has no committed reference: name one with --against FOLDER"),
+        (["smoke"], "profile 'smoke' has no committed reference (figures/ holds demo"),
         (["demo", "--only", "77"], "notebook '77' is unknown"),
         (["demo", "--folder", "nowhere"], "nowhere holds no NOTEBOOK/result.json"),
     ],

@@ -52,7 +52,8 @@ def verify(profile, folder, against, only, every, tolerant, out) -> None:
         profiles.load(profile)
         if against is None and profile != "demo":
             raise verifying.VerifyError(
-                f"profile {profile!r} has no committed reference: name one with --against FOLDER"
+                f"profile {profile!r} has no committed reference (figures/ holds demo; "
+                "docs/reproducing.md says why): name other results with --against FOLDER"
             )
         names = [notebooks.find(name, root).stem for name in only]
         report = verifying.verify(
@@ -102,23 +103,29 @@ def publish(folder: Path, to: Path) -> None:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
-@options.profile
+@click.option("--profile", help="As elsewhere.  [default: the experiment's, else demo]")
+@click.option("--experiment", help="One of experiments.yml, for its profile.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The site.  [default: results/PROFILE/gallery]"
 )
-def gallery(folder: Path | None, profile: str, out: Path | None) -> None:
-    """Build a static site of FOLDER's claims, figures and executed notebooks; it asks no other host.
+def gallery(
+    folder: Path | None, profile: str | None, experiment: str | None, out: Path | None
+) -> None:
+    """Build a static site of FOLDER's claims, figures, executed notebooks and experiments.
 
-    Without FOLDER: results/PROFILE, and the committed figures/ for notebooks that were not run there.
+    It asks no other host. Without FOLDER: results/PROFILE, and the committed figures/ for notebooks that
+    were not run there.
     """
+    from dfrot_lab import experiments
     from dfrot_lab import gallery as sites
 
     profiles.path(profile)  # an unknown one is told
     root = project_root()
-    out = out or root / options.home(profile) / "gallery"
-    shown = sites.build(
-        [folder] if folder else [root / options.home(profile), root / "figures"], out, root
-    )
+    if experiment:
+        profile = profile or experiments.default_profile(experiment, root)
+    home = root / options.home(profile or "demo")
+    out = out or home / "gallery"
+    shown = sites.build([folder] if folder else [home, root / "figures"], out, root)
     for origin, names in shown.items():
         click.echo(
             f"from {origin}: {', '.join(names)}" if origin else f"no result: {', '.join(names)}"

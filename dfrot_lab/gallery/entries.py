@@ -13,7 +13,7 @@ from typing import Any
 
 from dfrot_lab import files, results
 
-__all__ = ["Entry", "Figure", "GalleryError", "Scrubber", "read", "same_setting"]
+__all__ = ["Entry", "Figure", "GalleryError", "Scrubber", "inside", "read", "same_setting"]
 
 _ANSI = re.compile(r"(\x1b\[[\d;]*m)")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -54,12 +54,12 @@ class Entry:
     figures: tuple[Figure, ...] = field(default=())
 
 
-def read(folders: Sequence[Path], root: Path) -> list[Entry]:
+def read(folders: Sequence[Path], root: Path, enough: bool = False) -> list[Entry]:
     """An entry for each notebook of root/notebooks and of `folders`, in the order of their names.
 
     The first of `folders` that has a result of a notebook counts, but later ones only fill in where
-    they were made in the same setting (`same_setting`). Raises GalleryError where no folder has a
-    result, ResultError where one is damaged.
+    they were made in the same setting (`same_setting`). enough: there is something to show besides. Raises
+    GalleryError where no folder has a result, ResultError where one is damaged.
     """
     sources = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
     found: dict[str, tuple[Path, dict]] = {}
@@ -74,7 +74,7 @@ def read(folders: Sequence[Path], root: Path) -> list[Entry]:
                 not k or all(same_setting(result, r) for r in others)
             ):
                 found[path.parent.name] = (path.parent, result)
-    if not found and not failed:
+    if not found and not failed and not enough:
         places = " and ".join(str(f) for f in folders)
         raise GalleryError(f"{places} holds no NOTEBOOK/result.json: run `make figures` first")
     return [
@@ -121,14 +121,14 @@ def _entry(
         notebook=notebook,
         executed=executed is not None,
         failed=_notebook(failed) if failed else None,
-        origin=_inside(folder.parent, root) if folder else "",
+        origin=inside(folder.parent, root) if folder else "",
         result=result,
         provenance=_provenance(folder) if folder else None,
         figures=tuple(_figures(folder, notebook)) if folder else (),
     )
 
 
-def _inside(folder: Path, root: Path) -> str:
+def inside(folder: Path, root: Path) -> str:
     """The folder as seen from the project; its own name where it lies elsewhere."""
     folder, root = folder.resolve(), root.resolve()
     return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name

@@ -22,6 +22,7 @@ __all__ = ["claim", "coded", "inline", "markdown", "notebook", "plain", "title"]
 _INTO_CHECKOUT = re.compile(r"\[([^\]]+)\]\(\.\./([^)]+)\)")
 _DRAWN = re.compile(r'plots\.draw\(\s*"(\w+)"')
 _IMAGES = ("image/png", "image/jpeg")
+_LINE = 24  # signs of a formula that fit into any line
 
 
 class _Renderer(IPythonRenderer):
@@ -31,7 +32,10 @@ class _Renderer(IPythonRenderer):
         return f'<div class="formula">{mathml(body, display=True)}</div>'
 
     def inline_math(self, body: str) -> str:
-        return mathml(body)
+        found = mathml(body)
+        signs = len(unescape(re.sub(r"<[^>]+>", "", found)))
+        # MathML is not broken into lines: what may be wider than a phone scrolls there by itself
+        return f'<span class="long">{found}</span>' if signs > _LINE else found
 
     def latex_environment(self, name: str, body: str) -> str:
         return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")

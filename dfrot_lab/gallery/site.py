@@ -1,4 +1,4 @@
-"""The site: front page, a page for each notebook, and the paper against ours; whole or not written."""
+"""The site: front page, a page a notebook and an experiment, the paper against ours; whole or not written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dfrot_lab import tables
-from dfrot_lab.gallery import rendering
+from dfrot_lab.gallery import grids, rendering
 from dfrot_lab.gallery.entries import Entry, GalleryError, Scrubber, read
 from dfrot_lab.gallery.findings import Verdict, findings, same_order, verdicts
+from dfrot_lab.gallery.grids import Grid
 from dfrot_lab.results import ResultError
 
 __all__ = ["build"]
@@ -33,22 +34,26 @@ _TABLES = {
 
 
 def build(folders: Sequence[str | Path], out: str | Path, root: str | Path) -> dict[str, list[str]]:
-    """Write the site of what `folders` hold into `out`, which it replaces; returns origin → notebooks.
+    """Write the site of what `folders` hold into `out`, which it replaces; returns origin → what it has.
 
-    folders: results/PROFILE, figures, in this order of preference (`entries.read`); root: the checkout.
+    folders: results/PROFILE, figures, in this order of preference (`entries.read`); experiments are those
+    that have a summary there; root: the checkout.
     The same inputs give the same bytes. Raises GalleryError, ResultError or FormulaError, and then leaves
     `out` as it was.
     """
-    out, root = Path(out), Path(root)
-    entries = read([Path(f) for f in folders], root)
+    out, root, folders = Path(out), Path(root), [Path(f) for f in folders]
+    entries = read(folders, root, enough=grids.any_in(folders))
+    scrub = _scrubber(entries, folders, root)
+    found = grids.read(folders, root, scrub)
     if out.exists() and not _replaceable(out):
         raise GalleryError(f"{out} is there and is no gallery: choose another --out, or remove it")
     with _aside(out) as folder:
-        scrub = _scrubber(entries, folders, root)
-        _write(folder, [_scrubbed(entry, scrub) for entry in entries], scrub)
+        _write(folder, [_scrubbed(entry, scrub) for entry in entries], found, scrub)
     shown: dict[str, list[str]] = {}
     for entry in entries:
         shown.setdefault(entry.origin, []).append(entry.name)
+    for grid in found:
+        shown.setdefault(grid.origin, []).append(f"experiment {grid.name}")
     return shown
 
 
@@ -103,7 +108,7 @@ def _scrubbed(entry: Entry, scrub: Scrubber) -> Entry:
     )
 
 
-def _write(folder: Path, entries: Sequence[Entry], scrub: Scrubber) -> None:
+def _write(folder: Path, entries: Sequence[Entry], found: Sequence[Grid], scrub: Scrubber) -> None:
     pages = [_page(entry, folder, scrub) for entry in entries]
     for page, before, after in zip(pages, [None, *pages], [*pages[1:], None], strict=False):
         page |= {"before": before, "after": after}
@@ -113,6 +118,12 @@ def _write(folder: Path, entries: Sequence[Entry], scrub: Scrubber) -> None:
     render, common = _templates(), {"generator": _GENERATOR, "pages": pages}
     for page in pages:
         _save(folder / f"{page['name']}.html", render("page.html.j2", page=page, **common))
+    for grid in found:
+        _save(folder / grid.href, render("grid.html.j2", grid=grid, **common))
+        home = folder / grid.href.removesuffix(".html")
+        home.mkdir()
+        _save(home / "summary.json", json.dumps(grid.summary, indent=1, sort_keys=True) + "\n")
+        _save(home / "summary.csv", grid.csv)
     told = findings({p["name"]: p["entry"].result for p in pages if p["entry"].result})
     by_name = {p["name"]: p for p in pages}
     hero = next(
@@ -126,9 +137,11 @@ def _write(folder: Path, entries: Sequence[Entry], scrub: Scrubber) -> None:
             findings=told,
             by_name=by_name,
             hero=hero,
+            hero_of=_HERO[0],
             said=[v for v in every if v.said],
             ours=[v for v in every if not v.said],
             settings=_settings(pages),
+            grids=found,
             **common,
         ),
     )

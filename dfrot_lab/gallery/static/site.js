@@ -30,7 +30,7 @@
 
   // only where there is something to scroll to: a stop of the Tab key for nothing is in the way
   const reach = () => {
-    for (const box of document.querySelectorAll(".scroll, .formula, .prose .highlight")) {
+    for (const box of document.querySelectorAll(".scroll, .formula, .long, .prose .highlight")) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     }
