@@ -1,32 +1,35 @@
-# Every result and figure of a profile, redone only where something it depends on has changed.
+# Every result and figure of a profile, redone only where something it depends on has changed: the values
+# that a rule reads (its params), its files, and the code that it uses (by its imports).
 # Started by `dfrot-lab batch` (make figures); shared artefacts are outputs, so nothing is made twice.
 # `dfrot-lab batch --experiment` runs the points of a grid: same rules, a folder and a profile for each.
+import json
 import re
+from functools import cache
 from pathlib import Path
 
-from dfrot_lab import experiments, profiles
+from dfrot_lab import experiments, imports, notebooks, profiles
 
 PROFILE = config.get("profile", "demo")
 SETTINGS = profiles.load(PROFILE)
 COMMON = SETTINGS["common"]
-HOME = f"results/{Path(PROFILE).stem}"
+HOME = str(Path(str(config.get("folder") or f"results/{Path(PROFILE).stem}")))
 
-# the notebooks, with the studies they use, and the memory (MiB) and time (minutes, three times what two
-# cores take) with the demo model; `resources:` of a profile says what they take with another
+# the notebooks, with the memory (MiB) and time (minutes, three times what two cores take) with the demo
+# model; `resources:` of a profile says what they take with another
 NOTEBOOKS = {
-    "01_rotation_invariance": (["invariance"], 5000, 10),
-    "02_ro_vs_rh_error": (["token_errors"], 3000, 10),
-    "03_massive_tokens_fp16": (["massive_tokens_fp16", "perplexities"], 3000, 30),
-    "04_dfrot": (["refined_rotation", "perplexities"], 3000, 45),
-    "05_tables": (["paper_tables", "perplexities"], 4000, 240),
-    "06_reviewers_questions": (["questions", "invariance"], 4500, 60),
-    "07_int4_kernels": (["int4_kernels", "int4_model", "int4_speed"], 4500, 20),
-    "08_why_it_works": (["why_it_works", "landscape", "perplexities"], 3000, 10),
-    "09_objectives": (["objectives", "perplexities"], 5500, 240),
-    "10_zero_shot": (["zero_shot"], 5000, 360),
+    "01_rotation_invariance": (5000, 10),
+    "02_ro_vs_rh_error": (3000, 10),
+    "03_massive_tokens_fp16": (3000, 30),
+    "04_dfrot": (3000, 45),
+    "05_tables": (4000, 240),
+    "06_reviewers_questions": (4500, 60),
+    "07_int4_kernels": (4500, 20),
+    "08_why_it_works": (3000, 10),
+    "09_objectives": (5500, 240),
+    "10_zero_shot": (5000, 360),
 }
 REFINED = ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives", "10_zero_shot")
-GRID = experiments.find(config["experiment"], PROFILE, Path.cwd()) if config.get("experiment") else None
+GRID = experiments.find(config["experiment"], PROFILE, Path.cwd(), Path(HOME)) if config.get("experiment") else None
 # every set of values that a job may run with; each job reserves what the largest takes
 NAMED = [COMMON, *(COMMON | p.values for p in GRID.points)] if GRID else [COMMON]
 GPU = {"gpu": int(any(str(v["device"]).startswith("cuda") for v in NAMED))}
@@ -60,9 +63,9 @@ def needs(memory, minutes):
     return {"mem_mb": memory, "runtime": minutes} | GPU | SETTINGS["resources"]
 
 
-def windows(notebook, values):
-    """Calibration windows of the shared Hessians that `notebook` uses with a point's `values`; 0 for none."""
-    own = SETTINGS["notebooks"].get(notebook, {}) | values
+def windows(notebook, given):
+    """Calibration windows of the shared Hessians that `notebook` uses with a point's `given`; 0 for none."""
+    own = SETTINGS["notebooks"].get(notebook, {}) | given
     method = {"05_tables": own.get("gptq"), "09_objectives": "gptq-shared", "10_zero_shot": own.get("method")}
     shared = method.get(notebook, "none") in (None, "gptq-shared")
     return own.get("weight_windows", COMMON.get("weight_windows", 32)) if shared else 0
@@ -72,8 +75,8 @@ def windows(notebook, values):
 # sizes of the Hessians that its notebooks use: one is made before them, several are used in turn
 VALUES = {str(p.folder): p.values for p in GRID.points} if GRID else {HOME: {}}
 HESSIANS = {home: set() for home in SHARES}
-for folder, values in VALUES.items():
-    HESSIANS[home_of(folder)] |= {windows(n, values) for n in NOTEBOOKS} - {0}
+for folder, given in VALUES.items():
+    HESSIANS[home_of(folder)] |= {windows(n, given) for n in NOTEBOOKS} - {0}
 
 
 def in_turn(folder, notebook):
@@ -91,20 +94,70 @@ localrules:
     all,
     assets,
 
-# what a rule's numbers depend on; plots and the command line are not among it
-KERNELS = ["checks", "hadamard", "reference"]
-CORE = ["activations", "architectures", "artefacts", "assets", "cayley", "corpora", "dfrot", "evaluation", "files", "gptq", "hessians", "kv_cache", "linears"]
-CORE += ["lab", "massive", "models", "objectives", "paper", "polar", "prefix", "presets", "weighting"]
-CORE += ["geodesics", "heads", "quantized_model", "quantizers", "results", "rotations", "theory", "wikipedia"]
-CODE = [f"kernels/dfrot_kernels/{m}.py" for m in KERNELS] + [f"dfrot_lab/{m}.py" for m in CORE]
-DRAWING = ["dfrot_lab/data/paper.json", "dfrot_lab/data/captions.yml", "dfrot_lab/data/style.mplstyle", "dfrot_lab/tables.py"]
-DRAWING += [str(p) for p in sorted(Path("dfrot_lab/plots").glob("*.py"))]
+# --- what a rule depends on ---------------------------------------------------------------------------
 
-ZERO_SHOT = ["dfrot_lab/zero_shot.py", "dfrot_lab/text_tasks.py", "dfrot_lab/accuracy_tables.py"]
-ZERO_SHOT += [str(p) for p in sorted(Path("dfrot_lab/data/tasks").glob("*.yaml"))]
+ROOT = Path.cwd()
+# what is for readers alone: exercises, and what checks them
+EXERCISES = ["dfrot_lab.answers", "dfrot_lab.exercises", "dfrot_lab.lessons"]
+CODE = {
+    "activations": imports.closure(ROOT, ["dfrot_lab.activations", "dfrot_lab.corpora"]),
+    "rotations": imports.closure(ROOT, ["dfrot_lab.dfrot"]),
+    "hessians": imports.closure(ROOT, ["dfrot_lab.activations", "dfrot_lab.corpora", "dfrot_lab.hessians"]),
+}
+CODE = {rule: [*files, "dfrot_lab/artefacts.py"] for rule, files in CODE.items()}  # it says when and with what
+# loaded by name, so that no import tells of it
+BY_NAME = {"07_int4_kernels": ["dfrot_kernels.triton_ops"]}
+DATA = [f"dfrot_lab/data/{name}" for name in ("paper.json", "captions.yml", "style.mplstyle")]
+TASKS = [str(p) for p in sorted(Path("dfrot_lab/data/tasks").glob("*.yaml"))]
+# what activations and Hessians are made of; `about` of dfrot_lab/artefacts.py, and the sample
+SAMPLE = ("model", "corpus", "seqlen", "dtype", "device", "threads", "calibration_seed")
 
-# a corpus or a model that is a local file
-SOURCES = sorted({v[n] for v in NAMED for n in ("corpus", "model") if Path(str(v.get(n, ""))).is_file()})
+
+@cache
+def code_of(notebook):
+    names = imports.of_notebook(ROOT, Path(f"notebooks/{notebook}.ipynb"))
+    tasks = TASKS if "dfrot_lab.studies.zero_shot" in names else []
+    return imports.closure(ROOT, [*names, *BY_NAME.get(notebook, [])], EXERCISES) + DATA + tasks
+
+
+@cache
+def settings(profile):
+    return profiles.load(profile)
+
+
+@cache
+def parameters_of(notebook):
+    return set(notebooks.parameters(Path(f"notebooks/{notebook}.ipynb")))
+
+
+def common(profile, *names):
+    """Those of the profile's common values, whichever file has them."""
+    return {n: v for n, v in settings(profile)["common"].items() if n in names}
+
+
+@cache
+def values(profile, notebook):
+    """What the profile, with those below it, sets for `notebook`."""
+    own = settings(profile)["notebooks"].get(notebook, {})
+    return common(profile, *parameters_of(notebook)) | own
+
+
+def keyed(values):
+    """As a param: the job runs again when it is another."""
+    return json.dumps(values, sort_keys=True)
+
+
+def on_disk(values):
+    """The files behind texts and models that are on this disk, a model's folder among them."""
+    named = [values.get(n, []) for n in ("model", "corpus", "corpora", "second")]
+    paths = [Path(str(v)) for one in named for v in (one if isinstance(one, list) else [one])]
+    folders = [p for p in paths if (p / "config.json").is_file()]
+    found = {f for p in folders for f in p.iterdir() if f.is_file()} | {p for p in paths if p.is_file()}
+    return sorted(map(str, found))
+
+
+# as the last of a command: what it says is kept in the job's log, and seen meanwhile
+TEE = " 2>&1 | tee {log:q} >&2"
 
 
 rule all:
@@ -114,62 +167,79 @@ rule all:
 
 rule assets:
     input:
-        lambda w: str(profiles.path(COLLECTED[w.home])),
         "dfrot_lab/assets.py",
     output:
         "{home}/artefacts/assets.json",
     params:
         profile=lambda w: COLLECTED[w.home],
+        values=lambda w: keyed(common(COLLECTED[w.home], "model", "corpus")),
+    log:
+        "{home}/logs/assets.log",
     shell:
-        "dfrot-lab assets --profile {params.profile:q} --out {output:q}"
+        "dfrot-lab assets --profile {params.profile:q} --out {output:q}" + TEE
 
 
 rule activations:
     input:
         "{home}/artefacts/assets.json",
-        lambda w: str(profiles.path(COLLECTED[w.home])),
-        CODE,
-        SOURCES,
+        CODE["activations"],
+        lambda w: on_disk(common(COLLECTED[w.home], "model", "corpus")),
     output:
         "{home}/artefacts/activations.safetensors",
     params:
         profile=lambda w: COLLECTED[w.home],
+        values=lambda w: keyed(common(COLLECTED[w.home], *SAMPLE, "calibration")),
+    log:
+        "{home}/logs/activations.log",
     threads: THREADS
     resources:
         **needs(2500, 15),
     shell:
-        "dfrot-lab collect --profile {params.profile:q} --folder {wildcards.home:q}"
+        "dfrot-lab collect --profile {params.profile:q} --folder {wildcards.home:q}" + TEE
 
 
 rule rotations:  # one job: each takes seconds here, and on a GPU less than starting Python
     input:
         "{home}/artefacts/activations.safetensors",
-        lambda w: str(profiles.path(SHARES[w.home])),
+        CODE["rotations"],
     output:
         f"{{home}}/artefacts/rotations{TAG}.json",  # the list; the files stay when the job is cut short
     params:
         profile=lambda w: SHARES[w.home],
+        values=lambda w: keyed(
+            common(SHARES[w.home], "seeds", "gamma", "iterations", "rows", "solver", "device", "threads")
+        ),
+        which=lambda w: keyed(settings(SHARES[w.home])["rotations"]),
+    log:
+        f"{{home}}/logs/rotations{TAG}.log",
     threads: THREADS
     resources:
         **needs(1500, 30),
     priority: 10
     shell:
-        "dfrot-lab optimize --profile {params.profile:q} --folder {wildcards.home:q} --all --out {output:q}"
+        "dfrot-lab optimize --profile {params.profile:q} --folder {wildcards.home:q} --all "
+        "--out {output:q}" + TEE
 
 
 rule hessians:
     input:
-        "{home}/artefacts/activations.safetensors",
+        "{home}/artefacts/assets.json",
+        CODE["hessians"],
+        lambda w: on_disk(common(COLLECTED[w.home], "model", "corpus")),
     output:
         "{home}/artefacts/hessians/hessians.json",  # written last, when all layers are there
     params:
         profile=lambda w: COLLECTED[w.home],
+        values=lambda w: keyed(common(COLLECTED[w.home], *SAMPLE)),
         windows=lambda w: max(HESSIANS[w.home], default=0),
+    log:
+        "{home}/logs/hessians.log",
     threads: THREADS
     resources:
         **needs(3000, 60),
     shell:
-        "dfrot-lab collect --hessians {params.windows} --profile {params.profile:q} --folder {wildcards.home:q}"
+        "dfrot-lab collect --hessians {params.windows} --profile {params.profile:q} "
+        "--folder {wildcards.home:q}" + TEE
 
 
 rule notebook:
@@ -178,24 +248,21 @@ rule notebook:
         lambda w: f"{home_of(w.folder)}/artefacts/rotations{TAG}.json" if w.notebook in REFINED else [],
         lambda w: f"{home_of(w.folder)}/artefacts/hessians/hessians.json"
         if windows(w.notebook, VALUES[w.folder]) and not in_turn(w.folder, w.notebook) else [],
-        lambda w: [f"dfrot_lab/studies/{m}.py" for m in NOTEBOOKS[w.notebook][0]],
-        SOURCES,
-        lambda w: str(profiles.path(RESULTS[w.folder][0])),
-        CODE,
-        DRAWING,
-        lambda w: ZERO_SHOT if w.notebook == "10_zero_shot" else [],
+        lambda w: code_of(w.notebook),
+        lambda w: on_disk(values(RESULTS[w.folder][0], w.notebook)),
         notebook="notebooks/{notebook}.ipynb",
     output:
         "{folder}/{notebook}/result.json",
         directory("{folder}/{notebook}/figures"),
     params:
         profile=lambda w: RESULTS[w.folder][0],
+        values=lambda w: keyed(values(RESULTS[w.folder][0], w.notebook)),
     log:
         "{folder}/{notebook}/notebook.ipynb",  # a log: Snakemake keeps it when the notebook fails
     threads: THREADS
     resources:
-        mem_mb=lambda w: needs(NOTEBOOKS[w.notebook][1], 0)["mem_mb"],
-        runtime=lambda w: needs(0, NOTEBOOKS[w.notebook][2])["runtime"],
+        mem_mb=lambda w: needs(NOTEBOOKS[w.notebook][0], 0)["mem_mb"],
+        runtime=lambda w: needs(0, NOTEBOOKS[w.notebook][1])["runtime"],
         gpu=needs(0, 0)["gpu"],
         hessians=lambda w: int(in_turn(w.folder, w.notebook)),
     shell:

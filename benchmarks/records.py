@@ -26,6 +26,7 @@ __all__ = [
     "plain",
     "provenance",
     "ratios",
+    "same",
     "write_text",
 ]
 
@@ -121,6 +122,16 @@ def write_text(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
+def same(before: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> None:
+    """ResumeError naming the first of `names` whose value is another one than before."""
+    for name in names:
+        if before.get(name) != now[name]:
+            raise ResumeError(
+                f"resume: {name} was {before.get(name)} and is {now[name]} now; "
+                "measurements are not mixed, use another --out"
+            )
+
+
 def group_of(row: dict[str, Any]) -> tuple[str, ...]:
     """What is compared with each other: the op and its sizes."""
     return tuple(str(row.get(c) if row.get(c) is not None else "") for c in ("op", *DIMS))
@@ -154,20 +165,12 @@ class Log:
         self.origin, self.sessions = origin, []
         if resume and self.document.exists():
             before = json.loads(self.document.read_text(encoding="utf-8"))
-            self._same(before["provenance"])
+            same(before["provenance"], origin, SAME)
             self.origin, self.sessions = before["provenance"], before["sessions"]
             self.rows = [r for r in _read(self.table) if r["gate"] == "ok" or not r["ours"]]
         self.sessions.append(session)
         self._start()
         self.close({})
-
-    def _same(self, before: dict[str, Any]) -> None:
-        for name in SAME:
-            if before[name] != self.origin[name]:
-                raise ResumeError(
-                    f"resume: {name} was {before[name]} and is {self.origin[name]} now; "
-                    "measurements are not mixed, use another --out"
-                )
 
     def _start(self) -> None:
         new = self.table.with_name(self.table.name + ".new")

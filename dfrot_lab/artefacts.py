@@ -29,10 +29,13 @@ from dfrot_lab import (
     files,
     hessians,
     models,
+    owners,
     results,
+    rotation_files,
     rotations,
 )
 from dfrot_lab.quantizers import QuantSpec
+from dfrot_lab.rotations import Rotations
 
 __all__ = ["Artefacts", "LabError", "parse_rotation", "rotation_stem"]
 
@@ -116,12 +119,13 @@ class Artefacts:
     @cached_property
     def lm(self) -> nn.Module:
         """The floating-point model, gains folded."""
-        return models.load(self.model, dtype=self.dtype, device=self.device)
+        at = models.commit(self.model)  # the one that kept files are named by
+        return models.load(self.model, revision=at, dtype=self.dtype, device=self.device)
 
     @cached_property
     def tokenizer(self):
         """The model's tokenizer."""
-        return models.load_tokenizer(self.model)
+        return models.load_tokenizer(self.model, revision=models.commit(self.model))
 
     @cached_property
     def calibration_tokens(self) -> Tensor:
@@ -197,7 +201,10 @@ class Artefacts:
 
     @cached_property
     def activations(self) -> activations.Activations:
-        """Norm outputs of the model on the calibration tokens, from `folder` or collected now."""
+        """Norm outputs of the model on the calibration tokens, from `folder` or collected now.
+
+        RotationError for a model that is rotated already: R1 would be refined for it and merged again.
+        """
         path = Path(self.folder) / "artefacts" / "activations.safetensors"
         key = self._key(
             {"calibration": self.calibration, "seed": self.calibration_seed}, MODEL_CODE
@@ -205,6 +212,7 @@ class Artefacts:
         with self._locked(path):
             if path.exists() and activations.load(path).metadata.get("key") == key:
                 return activations.load(path)
+            rotations.refuse_rotated(self.lm.config.dfrot_merged, self.model)
             about = {
                 "key": key,
                 "tokens": corpora.fingerprint(self.calibration_tokens),
@@ -229,10 +237,11 @@ class Artefacts:
     def rotation(self, name: str, seed: int = 0, **options) -> Tensor | None:
         """R1 [d, d]: NR (None), RO, RH, RH2, DFRot(RH), DFRot(RO), or the path of a .safetensors file.
 
-        options: see `rotation_file`. Raises RotationError for a file that does not fit the model.
+        options: see `rotation_file`. Raises RotationError for a file that does not fit the model, or was
+        made for another model or revision (`owners.check`).
         """
         if name.endswith(".safetensors"):
-            return rotations.load(name, self.activations.d)[0]
+            return self._from_file(name).R1
         kind, start = parse_rotation(name)
         if kind == "NR":
             return None
@@ -241,6 +250,21 @@ class Artefacts:
                 self._kept[name, seed] = rotations.START[kind](self.activations.d, seed)
             return self._kept[name, seed]
         return rotations.load(self.rotation_file(name, seed, **options), self.activations.d)[0]
+
+    def rotations(self, name: str, seed: int = 0, **options) -> Rotations:
+        """R1 by its name as for `rotation`, R4, and R2: the file's own if it has one, else a Hadamard."""
+        r1 = self.rotation(name, seed, **options)
+        standard = Rotations.standard(self.lm, r1)
+        r2 = self._from_file(name).R2 if name.endswith(".safetensors") else None
+        return standard if r2 is None else replace(standard, R2=r2)
+
+    def _from_file(self, path: str) -> rotation_files.RotationFile:
+        size = models.layers(self.lm)[0].module.self_attn.head_dim
+        return rotation_files.load(path, self._owner, self.activations.d, size)
+
+    @cached_property
+    def _owner(self) -> owners.Owner:
+        return owners.of(self.model)
 
     def rotated(self, x: Tensor, name: str, seed: int = 0, **options) -> Tensor:
         """x·R1 [rows, d] in the dtype of x, by the rotation's name; NR gives `x` itself."""
@@ -329,7 +353,8 @@ class Artefacts:
                 objective=objective, solver=self.solver, relax=relax,
                 checkpoint=path.with_suffix(".checkpoint"), progress=stem,
             )  # fmt: skip
-            return rotations.save(path, r, {"key": key, "log": asdict(log)} | options | self.about)
+            about = {"key": key, "log": asdict(log)} | options | self.about | self._owner.about
+            return rotations.save(path, r, about)
 
     # --- keys -------------------------------------------------------------------------------------
 

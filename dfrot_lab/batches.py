@@ -18,13 +18,14 @@ from typing import IO
 
 import yaml
 
-from dfrot_lab import experiments, kept_files
+from dfrot_lab import experiments, kept_files, slurm_queue
 from dfrot_lab import notebooks as sources
 
 __all__ = ["BatchError", "run"]
 
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 _CODE = (".py", ".yml", ".json", ".mplstyle")
+FIGURES = 4  # the notebooks that are run where none is named, as in the Snakefile
 _GRACE = 5.0  # seconds in which the processes of a killed batch are gone
 
 
@@ -39,6 +40,7 @@ def run(
     memory: int,
     notebooks: Sequence[str] = (),
     *,
+    folder: Path | None = None,
     gpus: int = 1,
     experiment: str | None = None,
     executor: str = "local",
@@ -46,26 +48,35 @@ def run(
 ) -> int:
     """Run the Snakefile in `root` for `profile`; returns Snakemake's exit status.
 
-    notebooks: by their full names; none for the first four, or for all of the experiment's. cores,
-    memory (MiB) and gpus limit what all local jobs together use. experiment: a name in
-    experiments.yml, whose points are run instead. executor: a folder in cluster/, or the path of one,
-    with a Snakemake profile (config.yaml). check: hash every kept file first, see `kept_files.verify`.
+    notebooks: by their full names; none for the first four, or for all of the experiment's. folder: where
+    results go, relative to `root`; None: results/PROFILE. cores, memory (MiB) and gpus limit what all local
+    jobs together use. experiment: a name in experiments.yml, whose points are run instead. executor: a
+    folder in cluster/, or the path of one, with a Snakemake profile (config.yaml). check: hash kept files
+    beyond 2 GB too, see `kept_files.verify`.
 
     The lock is the operating system's and goes with its last holder, so Snakemake's own, which a
     killed run leaves behind, is not used. Snakemake inherits it and dies with this process; jobs that
-    outlive both are waited for by the next batch. Raises BatchError if another batch holds the folder,
-    or if what is installed is not the code of the checkout.
+    outlive both are waited for by the next batch, and taken out of SLURM's queue if they have not begun.
+    Raises BatchError if another batch holds the folder, or if what is installed is not the code of the
+    checkout; and before anything starts what `notebooks.resolve` raises, for every notebook and every point.
     """
     if not (root / "Snakefile").is_file():
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
     _check_code(root)
     sources.check_profile(profile, root / "notebooks")
     where = _executor(executor, root)
-    local = _is_local(where)
-    grid = experiments.find(experiment, profile, root) if experiment else None
+    kind = _kind(where)
+    local = kind == "local"
+    home = Path(folder or Path("results") / Path(profile).stem)
+    home = home.relative_to(root) if home.is_relative_to(root) else home
+    grid = experiments.find(experiment, profile, root, home) if experiment else None
     if grid:
         experiments.check(grid)
-    folder = root / "results" / Path(profile).stem
+    else:
+        every = sorted(p.stem for p in (root / "notebooks").glob("[0-9]*.ipynb"))
+        for name in notebooks or every[:FIGURES]:
+            sources.resolve(root / "notebooks" / f"{name}.ipynb", profile, {})
+    folder = root / home
     folder.mkdir(parents=True, exist_ok=True)
     limits = ["--cores", cores, "--resources", f"mem_mb={memory}", f"gpu={gpus}", "hessians=1"]
     command = [
@@ -73,9 +84,12 @@ def run(
         *(limits if local else ["--resources", "hessians=1"]),
         "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
         f"experiment={experiment or ''}",
+        # Snakemake reads a value that looks like a number as one: `2024` is none with a folder in front
+        f"folder={home if home.is_absolute() else f'./{home}'}",
         "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "host",
         # jobs here say themselves what went wrong; of others only Snakemake knows, and where their logs are
         *(["rules"] if local else []),
+        *(["--slurm-jobname-prefix", slurm_queue.prefix(folder)] if kind == "slurm" else []),
     ]  # fmt: skip
     # jobs call `dfrot-lab`: the one beside this interpreter, whatever is first on the PATH
     environment = os.environ | {
@@ -85,6 +99,8 @@ def run(
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
     with _locked(folder) as lock:
+        if kind == "slurm":
+            slurm_queue.settle(slurm_queue.prefix(folder), _say)
         kept_files.wait_for_jobs(folder, _say)
         for line in kept_files.verify(folder, check):
             _say(line)
@@ -105,6 +121,11 @@ def _executor(name: str, root: Path) -> Path:
     own = root / "cluster"
     found = own / name if (own / name).is_dir() else Path(name).absolute()
     if not (found / "config.yaml").is_file():
+        if name == "kubernetes":
+            raise BatchError(
+                "executor 'kubernetes' would take jobs apart that share a folder: run the whole batch in one "
+                "pod, with cluster/kubernetes/job.yaml (docs/cluster.md)"
+            )
         known = ", ".join(sorted(p.parent.name for p in own.glob("*/config.yaml")))
         raise BatchError(
             f"executor {name!r} is unknown: use {known}, or a folder with a Snakemake config.yaml"
@@ -112,12 +133,12 @@ def _executor(name: str, root: Path) -> Path:
     return found
 
 
-def _is_local(executor: Path) -> bool:
-    """Whether jobs run on this machine; BatchError where jobs elsewhere could not be started."""
+def _kind(executor: Path) -> str:
+    """Snakemake's executor, such as "local" and "slurm"; BatchError where its jobs could not be started."""
     settings = yaml.safe_load((executor / "config.yaml").read_text()) or {}
     kind = settings.get("executor", "local")
     if kind == "local":
-        return True
+        return kind
     if find_spec(f"snakemake_executor_plugin_{kind.replace('-', '_')}") is None:
         raise BatchError(
             f"executor {kind!r} is not installed: pip install snakemake-executor-plugin-{kind}"
@@ -127,7 +148,7 @@ def _is_local(executor: Path) -> bool:
             f"no job can be submitted with {sys.executable}, which has a space in its path: make the "
             "environment in a folder without one"
         )
-    return False
+    return kind
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from dfrot_lab import models, rotations
 from dfrot_lab.models import Architecture, ModelError
 from dfrot_lab.rotations import RotationError, Rotations
 
-__all__ = ["head_dim", "merge", "shapes", "shards"]
+__all__ = ["head_dim", "merge", "shapes", "shards", "sizes"]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -38,12 +38,13 @@ def merge(source: str | Path, target: str | Path, rotation: Rotations) -> Path:
 
     The new one loads with plain transformers and computes the same logits; dtype and shards stay. Peak
     memory: one tensor in fp32, `rotation`, a few blocks. `target` appears when it is whole. Raises
-    ModelError for a folder that is no supported checkpoint or a `target` that exists, RotationError for a
-    rotation that does not fit, is online (R4, heads) or was merged before, OSError where the disk is full.
+    ModelError for a folder that is no supported checkpoint or a quantized one, or a `target` that exists,
+    RotationError for a rotation that does not fit, is online (R4, heads) or was merged before, OSError
+    where the disk is full.
     """
     source, target = Path(source), Path(target)
     config = _config(source)
-    row = models.architecture(type("Unloaded", (), {"config": type("C", (), config)()}))
+    row = _plain(config, source)
     _check(config, rotation, source)
     if target.exists():
         raise ModelError(f"{target} exists: choose another folder, or delete it")
@@ -93,6 +94,28 @@ def shapes(source: str | Path) -> dict[str, tuple[str, list[int]]]:
 def head_dim(source: str | Path) -> int:
     """Size of a head of the checkpoint in folder `source`."""
     return _head_dim(_config(Path(source)))
+
+
+def sizes(source: str | Path) -> tuple[int, int]:
+    """d of R1 and head_dim of R2 for the checkpoint in folder `source`.
+
+    ModelError for one that is not supported or is quantized, RotationError for one that is rotated.
+    """
+    config = _config(Path(source))
+    _plain(config, Path(source))
+    rotations.refuse_rotated(config.get("dfrot_merged") or [], str(source))
+    return config["hidden_size"], _head_dim(config)
+
+
+def _plain(config: dict[str, Any], source: Path) -> Architecture:
+    """The family of a floating-point checkpoint; ModelError for any other."""
+    row = models.architecture(type("Unloaded", (), {"config": type("C", (), config)()}))
+    models.check_plain(config, str(source))
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{source} is quantized already: take the floating-point checkpoint it was made of"
+        )
+    return row
 
 
 def _config(source: Path) -> dict[str, Any]:

@@ -116,8 +116,11 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
     return content[name]
 
 
-def find(name: str, profile: str, root: Path) -> Experiment:
-    """The experiment `name` of experiments.yml over `profile`, its parameters not yet checked."""
+def find(name: str, profile: str, root: Path, home: Path | None = None) -> Experiment:
+    """The experiment `name` of experiments.yml over `profile`, its parameters not yet checked.
+
+    home: where results go, relative to `root`; None: results/PROFILE.
+    """
     entry = _entry(name, root)
     asked, grid = entry.get("notebooks"), entry.get("grid")
     if not isinstance(asked, list) or not asked:
@@ -128,12 +131,12 @@ def find(name: str, profile: str, root: Path) -> Experiment:
         )
     # YAML reads 03 as a number
     stems = [notebooks.find(f"{n:02d}" if isinstance(n, int) else str(n), root).stem for n in asked]
-    taken = {p.stem for p in (root / "notebooks").glob("*.ipynb")} | {*_FOLDERS, "gallery"}
+    taken = {p.stem for p in (root / "notebooks").glob("*.ipynb")} | {*_FOLDERS, "gallery", "logs"}
     if not re.fullmatch(r"\w[\w.-]*", name) or name in taken:
         raise ExperimentError(
             f"experiment {name!r}: a name of letters, digits, - and _, no notebook's"
         )
-    home = Path("results") / Path(profile).stem
+    home = home or Path("results") / Path(profile).stem
     common = profiles.load(profile)["common"]
     combinations = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
     differing = [
@@ -272,16 +275,8 @@ def summarize(experiment: Experiment) -> str:
     ]
     grid = {"profile": Path(experiment.base).stem, "notebooks": experiment.notebooks, "axes": axes}
     files.write_json(folder / "summary.json", grid | {"rows": rows, "missing": missing})
-    columns = [
-        "notebook",
-        *experiment.points[0].values,
-        "kind",
-        "quantity",
-        "value",
-        "sd",
-        "n",
-        "agrees",
-    ]
+    columns = ["notebook", *experiment.points[0].values, "kind", "quantity", "value"]
+    columns += ["sd", "n", "agrees"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

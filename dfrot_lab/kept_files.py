@@ -2,7 +2,8 @@
 
 Artefacts, measurements and results are keyed by what they were made of, not by their bytes. Jobs record
 the hashes of what they write, every few seconds; a batch compares before it starts, under its lock and
-when no job runs: first size and time, and the bytes where these differ or where it is asked to.
+when no job runs: the bytes of the first 2 GB, smallest files first, which takes a second or two; of
+larger ones size and time, and the bytes where these differ or where it is asked to.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ BATCH_LOCK = ".batch.lock"
 _JOBS_LOCK = ".jobs.lock"
 _DERIVED = ("figures", "gallery")  # drawn or copied from what is kept, any time
 _PERIOD = 5.0  # seconds between two looks at what a job has written
+_HASHED = 2 * 10**9  # bytes that every batch compares
 
 
 def root(folder: str | Path) -> Path:
@@ -48,20 +50,23 @@ def root(folder: str | Path) -> Path:
 def verify(folder: Path, thorough: bool = False) -> list[str]:
     """Remove what is not as recorded, with the lists that name it; a line for each removed file.
 
-    thorough: compare the bytes even where size and time are as recorded. Files that nobody recorded
-    (written just before a kill; each appears whole or not at all) are taken in if they are whole.
+    thorough: compare the bytes of every file, beyond the smallest that make up `_HASHED` bytes too. Files
+    that nobody recorded (written just before a kill; each appears whole or not at all) are taken in if
+    they are whole.
     """
-    said = []
+    said, left = [], _HASHED
     with FileLock(folder / ".manifest.lock"):
         known, lost = _read(folder)
         if lost:
             said.append(f"{folder / MANIFEST} is damaged: every file is hashed anew")
         now: dict[str, dict[str, Any]] = {}
-        for name, path in _kept(folder):
+        # the smallest first: every result and measurement is among those that are hashed
+        for name, path in sorted(_kept(folder), key=lambda kept: kept[1].lstat().st_size):
             if not path.exists():  # went with a file it names
                 continue
             before, stat = known.get(name), path.stat()
-            if before and not thorough and _same(before, stat):
+            left -= stat.st_size
+            if before and left < 0 and not thorough and _same(before, stat):
                 now[name] = before
                 continue
             entry = _entry(path, stat)

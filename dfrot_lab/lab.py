@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dfrot_lab import evaluation, files, quantized_model, rotations
+from dfrot_lab import evaluation, files, quantized_model
 from dfrot_lab.artefacts import (
     MODEL_CODE,
     ROTATION_CODE,
@@ -119,7 +119,7 @@ class Lab(Artefacts):
 
     def _built(self, name, seed, spec, method, gamma) -> nn.Module:
         """The quantized model; rows that differ in activations or KV cache share the last one built."""
-        rotation = rotations.Rotations.standard(self.lm, self.rotation(name, seed, gamma=gamma))
+        rotation = self.rotations(name, seed, gamma=gamma)
         which = (name, seed, spec.weights, method if spec.weights else None, gamma)
         exact = spec.weights is not None and method == "gptq"
         tokens = self.weight_tokens if exact or spec.static else None

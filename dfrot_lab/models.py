@@ -6,6 +6,7 @@ Its parts by role, and the folding of its gains, are `dfrot_lab.architectures`; 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -43,6 +45,8 @@ __all__ = [
     "Layer",
     "ModelError",
     "architecture",
+    "check_plain",
+    "commit",
     "fold_gains",
     "head",
     "identity",
@@ -54,10 +58,13 @@ __all__ = [
     "norm_sites",
     "of_shape",
     "preserve_norm_dtype",
+    "snapshot",
     "tiny",
 ]
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+QUANTIZED = "dfrot_quantized"  # the key in config.json of a folder of `dfrot-lab quantize`
+_FORM = 2  # of dequantized folders; those of form 1 forgot what a GGUF says was merged
 
 
 def load(
@@ -72,8 +79,8 @@ def load(
 
     model_id: 'demo' (SmolLM2-135M-Instruct from the packaged assets), 'tiny:llama' (also mistral,
     qwen2, qwen3; random weights with a planted massive token), a Hugging Face id, a folder, or a
-    .gguf file. Raises ModelError for an unknown id, dtype or device, an unreachable hub or an
-    unsupported family.
+    .gguf file. Raises ModelError for an unknown id, dtype or device, an unreachable hub, an
+    unsupported family, and as `check_plain`.
     """
     _check(dtype, device)
     if model_id.startswith("tiny:"):
@@ -88,15 +95,61 @@ def load(
 def identity(model_id: str) -> str:
     """What `model_id` names, for the keys of kept results: changes when the files behind it do.
 
-    A packaged asset's SHA-256; names, sizes and times of a local folder or file; else the id itself.
+    A packaged asset's SHA-256; names, sizes and times of a local folder or file; id@commit of a model on
+    the hub; else the id itself.
     """
     if model_id == "demo":
         return assets.ASSETS["smollm2"].sha256
     path = Path(model_id)
     if not path.exists():
-        return model_id
+        found = commit(model_id)
+        return f"{model_id}@{found}" if found else model_id
     parts = sorted(path.iterdir()) if path.is_dir() else [path]
     return str([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts if p.is_file()])
+
+
+def commit(model_id: str, revision: str | None = None) -> str | None:
+    """The commit that `revision` of `model_id` on the hub is; None for other models. Errors as `load`."""
+    return snapshot(model_id, revision).name if _on_hub(model_id) else None
+
+
+@lru_cache  # one process, one commit; and the hub is asked once
+def snapshot(model_id: str, revision: str | None = None) -> Path:
+    """The folder of the hub's local cache for a commit of `model_id`, config.json there; errors as `load`.
+
+    With the hub out of reach: the commit that was fetched last.
+    """
+    transformers = _transformers()
+    with _plain_errors(model_id):
+        file = transformers.utils.cached_file(model_id, "config.json", revision=revision)
+        return Path(file).parent
+
+
+def _on_hub(model_id: str) -> bool:
+    """Whether `model_id` has the form of an id on the hub, owner/name, and is no local path."""
+    path = Path(model_id)
+    local = path.suffix == ".gguf" or path.is_dir() or path.is_absolute()
+    return not local and not model_id.startswith((".", "tiny:")) and model_id.count("/") == 1
+
+
+def check_plain(config: dict[str, Any], model_id: str) -> None:
+    """ModelError if weights with this `config` (of config.json) are no model's by themselves.
+
+    Such are a folder of `dfrot-lab quantize`, and a checkpoint with R4 or the Hadamard across heads merged:
+    what must be done at run time besides is in no file.
+    """
+    if config.get(QUANTIZED) is not None:
+        raise ModelError(
+            f"model {model_id!r} was written by `dfrot-lab quantize` and is quantized already: give the "
+            "model it was made of, or measure it with `dfrot-lab eval --quantized`"
+        )
+    merged = config.get("dfrot_merged") or []
+    for name, where in (("R4", "down_proj"), ("heads", "o_proj")):
+        if name in merged:
+            raise ModelError(
+                f"model {model_id!r} was saved with {name} merged, and no file holds the Hadamard "
+                f"that must stand before its {where}: load the original and build it again"
+            )
 
 
 def _transformers():
@@ -162,7 +215,7 @@ def _source(model_id: str, revision: str | None) -> tuple[str, dict]:
         return str(_dequantized_folder(path)), {}
     if path.is_dir():
         return str(path), {}
-    if path.is_absolute() or model_id.startswith(".") or model_id.count("/") != 1:
+    if not _on_hub(model_id):
         raise ModelError(
             f"model {model_id!r} is neither 'demo', 'tiny:…', a folder, a .gguf file nor a "
             "Hugging Face id of the form owner/name"
@@ -203,13 +256,7 @@ def _from_pretrained(model_id: str, revision: str | None) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(source, **kwargs)
         if config.model_type not in ARCHITECTURES:  # refuse before gigabytes are read
             architecture(type("Unloaded", (), {"config": config}))
-        merged = getattr(config, "dfrot_merged", None) or []
-        for name, where in (("R4", "down_proj"), ("heads", "o_proj")):
-            if name in merged:
-                raise ModelError(
-                    f"model {model_id!r} was saved with {name} merged, and no file holds the Hadamard "
-                    f"that must stand before its {where}: load the original and build it again"
-                )
+        check_plain(vars(config), model_id)
         return transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32 if model_id == "demo" else "auto", **kwargs
         )
@@ -219,12 +266,14 @@ def _dequantized_folder(gguf: Path) -> Path:
     """A Hugging Face folder of the dequantized `gguf`, made once beside the assets.
 
     Parsing GGUF takes half a minute each time, and transformers calls such a model "quantized" and
-    will not save it: the weights are copied into a fresh model of the same configuration.
+    will not save it: the weights are copied into a fresh model of the same configuration. What an export
+    of ours merged (`dfrot.merged`, `dfrot.record`) goes to config.json, or it would be rotated again.
     """
     transformers = _transformers()
 
     stat = gguf.stat()
-    folder = assets.cache_dir() / "dequantized" / f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    name = f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}-form{_FORM}"
+    folder = assets.cache_dir() / "dequantized" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():
@@ -240,11 +289,14 @@ def _dequantized_folder(gguf: Path) -> Path:
                     **where, dtype=torch.float32
                 )
                 tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+                marks = _marks(gguf)
         finally:
             transformers.utils.logging.set_verbosity(level)
         config = transformers.AutoConfig.for_model(
             **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
         )
+        for key, value in marks.items():
+            setattr(config, key, value)
         fresh = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         fresh.load_state_dict(loaded.state_dict())
         for left in folder.parent.glob(f".partial-{folder.name}-*"):  # of a killed run
@@ -257,6 +309,19 @@ def _dequantized_folder(gguf: Path) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _marks(path: Path) -> dict[str, Any]:
+    """dfrot_merged and dfrot_export for config.json, from the GGUF fields that `exports.gguf` writes."""
+    from gguf import GGUFReader
+
+    reader, marks = GGUFReader(str(path)), {}
+    merged, record = reader.get_field("dfrot.merged"), reader.get_field("dfrot.record")
+    if merged is not None and len(merged.data):
+        marks["dfrot_merged"] = merged.contents()
+    if record is not None:
+        marks["dfrot_export"] = json.loads(record.contents())
+    return marks
 
 
 @contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import errno
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dfrot_lab import model_folders, profiles
+from dfrot_lab import model_folders, profiles, values
 from dfrot_lab.files import atomic, read_json
 
 __all__ = ["NotebookError", "find", "parameters", "run", "typed"]
@@ -93,48 +92,71 @@ def typed(name: str, value: Any, kind: str) -> Any:
 
 
 def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The profile's values, overridden by `given`, each checked against the notebook's parameters."""
+    """The profile's values, overridden by `given`, each one that the notebook can have.
+
+    Names, types and values are checked; NotebookError, ProfileError or ParameterError tells the first
+    that is wrong.
+    """
     known = parameters(notebook)
     for name in given:
         if name not in known:
             raise NotebookError(
                 f"{notebook.stem} has no parameter {name!r}: use one of {', '.join(sorted(known))}"
             )
+    own = {}
     if profile:
-        check_profile(profile, notebook.parent, {notebook.stem: set(known)})
-    values = profiles.notebook_parameters(profile, notebook.stem, set(known)) if profile else {}
-    if "corpus" in given:
-        from dfrot_lab import corpora
-
-        corpora.check(str(given["corpus"]))
+        every = _known(notebook.parent) | {notebook.stem: known}
+        own = profiles.check(profile, {n: set(p) for n, p in every.items()})[notebook.stem]
     for name in ("model", "corpus"):  # the kernel starts elsewhere
         if isinstance(given.get(name), str) and Path(given[name]).exists():
             given = given | {name: str(Path(given[name]).resolve())}
-    found = {name: typed(name, value, known[name][0]) for name, value in (values | given).items()}
+    found = _checked(own | given, known, own if profile in profiles.names() else {})
     model_folders.check(found.get("model"))
-    for name, value in found.items():
-        if name == "seeds" and not value:
-            raise NotebookError("parameter seeds = [] is empty: give at least one, such as '[0]'")
-        for one in value if isinstance(value, list) else [value]:
-            _check_value(name, one)
+    all_of_them = {name: default for name, (_, default) in known.items()} | found
+    values.check_sites(*(all_of_them.get(name) for name in ("model", "site", "sites")))
     return found
 
 
-def check_profile(profile: str, folder: Path, more: dict[str, set[str]] | None = None) -> None:
-    """ProfileError where `profile` names what no notebook in `folder` has (nor in `more`)."""
-    every = {p.stem: set(parameters(p)) for p in sorted(folder.glob("[0-9]*.ipynb"))} | (more or {})
-    if every:
-        profiles.check(profile, every)
-    else:  # an installed package, without the notebooks
+def check_profile(profile: str, folder: Path) -> None:
+    """ProfileError where `profile` names what no notebook in `folder` has, or a value that none can have.
+
+    Sites are left to `resolve`: which there are depends on the model, and on what is run at all.
+    """
+    every = _known(folder)
+    if not every:  # an installed package, without the notebooks
         profiles.load(profile)
+        return
+    for name, own in profiles.check(profile, {n: set(p) for n, p in every.items()}).items():
+        try:
+            _checked(own, every[name], own if profile in profiles.names() else {})
+        except (NotebookError, values.ParameterError) as error:
+            raise profiles.ProfileError(f"profile {profile!r}, {name}: {error}") from error
 
 
-def _check_value(name: str, value: Any) -> None:
-    """No parameter is negative, and bits are W-A-KV; said before a model is loaded."""
-    if isinstance(value, (int, float)) and value < 0:
-        raise NotebookError(f"parameter {name} = {value!r} is negative: use 0 or more")
-    if name.endswith("bits") and not re.fullmatch(r"\d+-\d+-\d+", str(value)):
-        raise NotebookError(f"parameter {name} = {value!r}: use W-A-KV, such as '4-4-16'")
+def _known(folder: Path) -> dict[str, dict[str, tuple[str, Any]]]:
+    """Notebook → its parameters, of all in `folder`."""
+    return {p.stem: parameters(p) for p in sorted(folder.glob("[0-9]*.ipynb"))}
+
+
+def _checked(
+    given: dict[str, Any], known: dict[str, tuple[str, Any]], sound: dict[str, Any]
+) -> dict[str, Any]:
+    """`given` as the parameters' types; NotebookError or ParameterError for what is none of their values.
+
+    What a notebook has by default and what is in `sound`, a packaged profile, the tests have held against
+    the parsers: it is not looked at again, which would take importing torch.
+    """
+    found = {name: typed(name, value, known[name][0]) for name, value in given.items()}
+    for name, value in found.items():
+        if name == "seeds" and not value:
+            raise NotebookError("parameter seeds = [] is empty: give at least one, such as '[0]'")
+        tried = [*_listed(known[name][1]), *_listed(sound.get(name))]
+        values.check(**{name: [one for one in _listed(value) if one not in tried]})
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 class _Lines:
@@ -153,8 +175,8 @@ class _Lines:
         pass
 
 
-def run(notebook: Path, values: dict[str, Any], output: Path, root: Path) -> Path:
-    """Execute `notebook` with `values`, kernel in `root`; returns the executed notebook's path.
+def run(notebook: Path, given: dict[str, Any], output: Path, root: Path) -> Path:
+    """Execute `notebook` with the parameters `given`, kernel in `root`; returns the executed notebook's path.
 
     It grows cell by cell as NAME.failed.ipynb beside `output` and takes its place when it is through,
     without its progress bars; when a cell fails it stays, with its traceback, an earlier `output` is left
@@ -174,7 +196,7 @@ def run(notebook: Path, values: dict[str, Any], output: Path, root: Path) -> Pat
     growing = output.with_name(f"{output.stem}.failed.ipynb")
     try:
         papermill.execute_notebook(
-            str(notebook), str(growing), parameters=values, cwd=str(root), kernel_name="python3",
+            str(notebook), str(growing), parameters=given, cwd=str(root), kernel_name="python3",
             progress_bar=False, stdout_file=stream, stderr_file=stream,
         )  # fmt: skip
     except PapermillExecutionError as error:

@@ -1,35 +1,19 @@
 """Plan: what a profile will take in memory, disk and time, said before anything is loaded.
 
-Bytes are formulas of the model's configuration. Seconds come from models of its shape with one and with
-two layers of random weights, run and built here as the notebooks would: what the second layer adds is
-what every layer takes.
+Bytes are formulas of the model's configuration; seconds are counts of what `speeds` times here.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dfrot_lab import (
-    activations,
-    dfrot,
-    evaluation,
-    gptq,
-    models,
-    objectives,
-    polar,
-    profiles,
-    quantized_model,
-    rotations,
-)
-from dfrot_lab.quantizers import QuantSpec
-from dfrot_lab.rotations import Rotations
+from dfrot_lab import models, profiles, speeds
+from dfrot_lab.speeds import Speed
 
-__all__ = ["Plan", "Speed", "measure", "plan", "weights"]
+__all__ = ["Plan", "plan", "weights"]
 
 TEXT = (
     340_000  # tokens of WikiText-2's test split under LLaMA-2's tokenizer; fewer with larger ones
@@ -49,20 +33,6 @@ ITEM = {"last_word": 75, "continuation": 135}
 HUB = {"hellaswag": 4.4e6, "mmlu": 6.2e6}
 OTHER = 0.3e6
 BASE = 0.9e9  # bytes that Python, torch and transformers take before any model
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of one W16A4 window, one model built, one built with RTN weights, one R1 refined, one
-    GPTQ of all columns from known Hessians, one calibration window through the layers for Hessians.
-    """
-
-    window: float
-    build: float
-    rtn: float
-    refine: float
-    gptq: float
-    hessian: float
 
 
 @dataclass(frozen=True)
@@ -106,74 +76,9 @@ def weights(config: Any) -> int:
     return config.num_hidden_layers * (attention + 3 * d * inner) + 2 * config.vocab_size * d
 
 
-def measure(config: Any, common: dict[str, Any]) -> Speed:
-    """Time one and two layers of `config`'s shape as the profile's `common` asks; of two runs the second."""
-    where = common["device"], common["dtype"], common["seqlen"], common["clip_steps"]
-    found = [_timed(config, layers, *where) for layers in (1, 2)]
-    more = config.num_hidden_layers - 1
-    times = [one + more * max(two - one, 0) for one, two in zip(*found, strict=True)]
-    used = _rows(config, common) * common["rows"]
-    refine = _refining(config.hidden_size, used, common["iterations"], common["device"])
-    return Speed(*times[:3], refine, *times[3:])
-
-
 def _rows(config: Any, common: dict[str, Any]) -> int:
     """Rows of calibration activations."""
     return 2 * config.num_hidden_layers * common["calibration"] * common["seqlen"]
-
-
-def _timed(
-    config: Any, layers: int, device: str, dtype: str, seqlen: int, clip_steps: int
-) -> tuple[float, ...]:
-    """Seconds of `Speed` without `refine`, for a model of so many layers."""
-    model = models.of_shape(config, layers, dtype=dtype, device=device)
-    rotation = Rotations.standard(model, rotations.random_hadamard(config.hidden_size, 0))
-    window = torch.arange(seqlen) % config.vocab_size
-    spec = quantized_model.ModelSpec.of("16-4-16")
-    rtn = quantized_model.ModelSpec.of("4-4-16", clip_steps=clip_steps)
-
-    def build(spec: quantized_model.ModelSpec) -> torch.nn.Module:
-        return quantized_model.build(model, rotation, spec)
-
-    built = build(spec)
-    calls = (lambda: evaluation.window_nll(built, window), lambda: build(spec), lambda: build(rtn))
-    times = [_seconds(call, device) for call in calls]
-    hessians: dict[tuple[int, str], torch.Tensor] = {}
-
-    def visit(layer: models.Layer, linears: dict, inputs: Iterator[torch.Tensor]) -> None:
-        found = gptq.hessian_of(inputs)
-        hessians.update({(layer.index, name): found for name in linears})
-
-    windows = -(-config.intermediate_size // seqlen)  # GPTQ takes no fewer tokens than channels
-    tokens = window.expand(windows, seqlen)
-    passed = _seconds(lambda: gptq.walk(model, tokens, visit), device, warm=False) / windows
-    how = gptq.GPTQ(clip_steps=clip_steps)
-
-    def columns() -> None:
-        gptq.quantize_with(model, lambda i, name: hessians[i, name], rtn.weights, how)
-
-    return (*times, _seconds(columns, device, warm=False), passed)
-
-
-def _seconds(call: Callable, device: str, *, warm: bool = True) -> float:
-    if warm:
-        call()
-    start = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def _refining(d: int, rows: float, iterations: int, device: str) -> float:
-    """Seconds of one refinement: two steps on 2048 rows are timed, products and SVD apart."""
-    x = activations.Activations.of(torch.randn(2048, d))
-    r = rotations.random_hadamard(d, 0).to(device)
-    weights = [torch.ones(2048, dtype=torch.float64)]
-    centroids = objectives.Centroids(QuantSpec())
-    chunk = _seconds(lambda: dfrot._accumulate(x, r, weights, centroids, torch.float32), device)
-    factor = _seconds(lambda: polar.svd(r), device)
-    return iterations * (rows / 2048 * chunk + factor)
 
 
 def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
@@ -185,7 +90,7 @@ def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
     common = content["common"]
     config = config or models.load_config(common["model"])
     torch.set_num_threads(common["threads"])
-    t = speed or measure(config, common)
+    t = speed or speeds.measure(config, common, _rows(config, common) * common["rows"])
     seeds = len(common["seeds"])
     three, four = (content["notebooks"][n] for n in ("03_massive_tokens_fp16", "04_dfrot"))
     closing = 2 * four["final_seeds"]

@@ -22,29 +22,26 @@ __all__ = ["newton", "polar", "products", "residual", "svd"]
 ORTHOGONAL = 1e-13  # max|QᵀQ − I| that is accepted, for d up to a few thousand
 SYMMETRIC = 1e-12  # max|QᵀM − MᵀQ| / ‖M‖: the polar factor's partner QᵀM is symmetric
 LEAST = 1e-15  # σ_min/σ_max below which fp64 knows no polar factor
-LARGE = (
-    3000  # d from which products are faster than LAPACK's SVD on a CPU (benchmarks/optimiser.py)
-)
 
 
 def polar(m: Tensor) -> Tensor:
     """The orthogonal polar factor [d, d], fp64, of M [d, d] on any device; RᵀR = I to 1e-12.
 
-    Products on a GPU and scaled Newton for large M on a CPU, each with the other and SVD to fall back on;
-    SVD for small M on a CPU, where it is the fastest of the three. Raises ValueError for NaN or Inf in M.
+    Products on a GPU, with Newton and SVD to fall back on; SVD on a CPU, where it is the fastest of the three
+    up to d = 4096 at least (docs/optimiser.md). Raises ValueError for NaN or Inf in M.
     """
     m = m.double()
     if not torch.isfinite(m).all():
         raise ValueError("a matrix with NaN or Inf has no polar factor: check the activations")
-    on_cpu = m.device.type == "cpu"
-    if on_cpu and len(m) < LARGE:
-        return svd(m)
-    # an ill-conditioned M takes products twice as many steps, and Newton hardly more
-    for method in (newton, products) if on_cpu else (products, newton):
+    for method in _before_svd(m.device.type):
         q = method(m)
         if q is not None and _is_polar(q, m):
             return q
     return svd(m)
+
+
+def _before_svd(device: str) -> tuple:
+    return () if device == "cpu" else (products, newton)
 
 
 def svd(m: Tensor) -> Tensor:

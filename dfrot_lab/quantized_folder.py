@@ -21,7 +21,7 @@ from dfrot_lab.quantized_model import ModelSpec
 
 __all__ = ["FolderError", "load", "save"]
 
-KEY = "dfrot_quantized"
+KEY = models.QUANTIZED
 NOTE = (
     "Weights are dequantized values. Activations and KV cache are quantized, and inputs of down_proj "
     "turned by R4, at run time: load with dfrot_lab.quantized_folder.load, not with plain transformers."

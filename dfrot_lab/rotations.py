@@ -37,6 +37,7 @@ __all__ = [
     "orthogonality_error",
     "random_hadamard",
     "random_orthogonal",
+    "refuse_rotated",
     "save",
     "turn_heads",
 ]
@@ -109,6 +110,15 @@ def check(r: Tensor, d: int, name: str = "R1") -> Tensor:
             "project it with dfrot.polar or make it again in fp64"
         )
     return r
+
+
+def refuse_rotated(merged: list[str], model: str) -> None:
+    """RotationError if R1 or R2 is among what was `merged` into `model` (dfrot_merged of its config)."""
+    if {"R1", "R2"} & set(merged):
+        raise RotationError(
+            f"{model} is rotated already ({', '.join(merged)} merged): take the original, or pass it on "
+            "as it is with `dfrot-lab export` and --rotation NR"
+        )
 
 
 def save(path: str | Path, r: Tensor, metadata: dict) -> Path:

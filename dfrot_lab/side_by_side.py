@@ -11,7 +11,7 @@ from torch import nn
 
 from dfrot_lab.lab import Lab
 
-__all__ = ["PromptError", "columns", "continuation", "texts"]
+__all__ = ["PromptError", "columns", "continuation", "texts", "visible"]
 
 NAMES = ("FP", "RH", "DFRot(RH)")
 GAP = "  "
@@ -48,9 +48,9 @@ def texts(
         first = first or written
         alike = [a == b for a, b in zip(written, first, strict=False)]
         same = alike.index(False) if False in alike else len(alike)
-        text = lab.tokenizer.decode(written, skip_special_tokens=True)
+        text = visible(lab.tokenizer.decode(written, skip_special_tokens=True), written)
         title = name if name == "FP" else f"{name.removesuffix('(RH)')} {label}"
-        out.append({"name": title, "text": text.strip(), "same": same, "tokens": len(written)})
+        out.append({"name": title, "text": text, "same": same, "tokens": len(written)})
     return out
 
 
@@ -72,6 +72,13 @@ def _encoded(lab: Lab, prompt: str, tokens: int, chat: bool) -> torch.Tensor:
             f"{len(ids)} tokens of prompt and {tokens} more: the model takes {longest}"
         )
     return torch.tensor([ids])
+
+
+def visible(text: str, tokens: list[int]) -> str:
+    """`text` with what cannot be printed escaped as in Python; the ids of its `tokens` where it is blank."""
+    if not text.strip():
+        return f"blank; token ids {' '.join(map(str, tokens))}"
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text.strip())
 
 
 @torch.inference_mode()

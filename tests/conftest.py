@@ -95,6 +95,33 @@ def saved(tmp_path):
     return save
 
 
+def byte_pairs(folder, cut=None):
+    """A byte-level BPE tokenizer of fewer than 384 tokens, saved in `folder`."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers, processors, trainers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    from dfrot_lab.exports import vocabularies
+
+    qwen = next(text for text, name in vocabularies.PRE.items() if name == "qwen2")
+    raw = Tokenizer(kinds.BPE())
+    split = pre_tokenizers.Split(Regex(cut or qwen), "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    raw.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    raw.train_from_iterator(
+        ["the rotation of the stream and the rotation of the heads"] * 3, trainer
+    )
+    raw.add_tokens(["<tool>"])
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>").save_pretrained(folder)
+    return raw
+
+
 def haar(d: int, seed: int = 0) -> Tensor:
     """A random orthogonal [d, d] in fp64 that owes nothing to the code under test."""
     return torch.from_numpy(ortho_group.rvs(d, random_state=seed))

@@ -3,7 +3,8 @@
 
 Jobs run at once, in the background; each is a JSON file in the folder $SLURM_STUB, with its options,
 state and exit status. As with the real commands, an option that is not known is an error. With
-$SLURM_STUB_REFUSE set sbatch refuses every job, after it has written the file.
+$SLURM_STUB_REFUSE set sbatch refuses every job, after it has written the file; with $SLURM_STUB_HOLD
+no job begins: all are pending.
 """
 
 from __future__ import annotations
@@ -76,10 +77,11 @@ def sbatch(arguments: list[str]) -> int:
         print("sbatch: error: Batch job submission failed: Invalid qos", file=sys.stderr)
         return 1
     write(job)
-    subprocess.Popen(
-        [sys.executable, __file__, "daemon", str(number)], start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    if "SLURM_STUB_HOLD" not in os.environ:
+        subprocess.Popen(
+            [sys.executable, __file__, "daemon", str(number)], start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
     print(number)
     return 0
 
@@ -121,13 +123,15 @@ def srun(arguments: list[str]) -> int:
 
 def squeue(arguments: list[str]) -> int:
     made = parser("squeue", "--format", "--states", "--name")
-    made.add_argument("--noheader", action="store_true")
+    for flag in ("--noheader", "--me"):
+        made.add_argument(flag, action="store_true")
     found = made.parse_args(arguments)
-    if found.format != "%i|%T":
+    if found.format not in ("%i|%T", "%i|%T|%j"):
         made.error(f"format {found.format}")
     for job in jobs():
-        if job["options"]["job_name"] == found.name:
-            print(f"{job['id']}|{job['state']}")
+        name = job["options"]["job_name"]
+        if found.name in (None, name) and (found.states or job["state"] in ACTIVE):
+            print(f"{job['id']}|{job['state']}" + (f"|{name}" if "%j" in found.format else ""))
     return 0
 
 
@@ -148,10 +152,16 @@ def sacct(arguments: list[str]) -> int:
 
 
 def scancel(arguments: list[str]) -> int:
-    made = argparse.ArgumentParser("scancel")
+    made = argparse.ArgumentParser("scancel", allow_abbrev=False)
+    made.add_argument("--state", choices=["PENDING"])
     made.add_argument("jobs", nargs="+", type=int)
-    for number in made.parse_args(arguments).jobs:
+    found = made.parse_args(arguments)
+    for number in found.jobs:
         job = json.loads((HOME / f"{number}.json").read_text())
+        if found.state:
+            if job["state"] == found.state:
+                write(job | {"state": "CANCELLED"})
+            continue
         while job["state"] == "PENDING":  # until it has a process
             time.sleep(0.05)
             job = json.loads((HOME / f"{number}.json").read_text())

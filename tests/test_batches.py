@@ -85,6 +85,21 @@ def test_a_batch_runs_and_the_next_one_has_nothing_to_do(checkout):
     }
 
 
+@pytest.mark.parametrize("where", ["2024", "outside"])
+def test_a_batch_writes_into_the_folder_it_is_given(checkout, where, tmp_path, monkeypatch):
+    """Relative to the checkout, or anywhere; only what it starts and locks is looked at."""
+    asked = []
+    monkeypatch.setattr(batches, "_check_code", lambda root: None)
+    monkeypatch.setattr(batches, "_supervised", lambda command, *_: asked.append(command) or 0)
+    folder = checkout / where if where == "2024" else tmp_path / where
+    given = Path(where) if where == "2024" else folder
+    assert batches.run("smoke", checkout, "1", 1000, NAMES[:1], folder=given) == 0
+    told = "folder=./2024" if where == "2024" else f"folder={folder}"
+    assert told in asked[0] and (folder / ".batch.lock").is_file()
+    assert batches.run("smoke", checkout, "1", 1000, NAMES[:1]) == 0
+    assert "folder=./results/smoke" in asked[1]
+
+
 def test_two_batches_at_once_are_refused(tmp_path):
     (tmp_path / "Snakefile").touch()
     shutil.copytree(ROOT / "cluster", tmp_path / "cluster")
@@ -101,6 +116,12 @@ def test_an_unknown_executor_is_refused(tmp_path):
         batches.run("smoke", tmp_path, "1", 1000, executor="slrum")
 
 
+def test_kubernetes_is_told_where_its_job_is(tmp_path):
+    (tmp_path / "Snakefile").touch()
+    with pytest.raises(batches.BatchError, match=r"cluster/kubernetes/job\.yaml"):
+        batches.run("smoke", tmp_path, "1", 1000, executor="kubernetes")
+
+
 def test_an_executor_that_is_not_installed_is_named(tmp_path):
     (tmp_path / "Snakefile").touch()
     (tmp_path / "config.yaml").write_text("executor: some-where")
@@ -112,7 +133,7 @@ def test_an_executor_that_is_not_installed_is_named(tmp_path):
 
 def test_a_copy_of_the_local_profile_is_local_whatever_its_name(tmp_path):
     shutil.copytree(ROOT / "cluster" / "local", tmp_path / "here")
-    assert batches._is_local(tmp_path / "here")
+    assert batches._kind(tmp_path / "here") == "local"
 
 
 def test_outside_a_checkout_it_says_so(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import haar
 
 from benchmarks import optimiser
 from dfrot_lab import dfrot, rotations
@@ -57,6 +58,18 @@ def test_a_toy_run_prints_and_writes_its_numbers(tmp_path):
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):
-    monkeypatch.setattr(optimiser, "gate", lambda *a: {"entries": 0.1})
+    monkeypatch.setattr(optimiser, "gate", lambda *a: {"entries": 0.0, "newton": 0.1})
     with pytest.raises(AssertionError, match="the fast step is not the plain one"):
-        CliRunner().invoke(optimiser.main, ["--sizes", "", "--equal", ""], catch_exceptions=False)
+        CliRunner().invoke(
+            optimiser.main, ["--sizes", "", "--equal", "", "--threads", "1"], catch_exceptions=False
+        )
+
+
+@pytest.mark.parametrize("method", ["products", "newton"])
+def test_the_gate_sees_a_wrong_iteration(monkeypatch, method):
+    """A CPU takes the SVD by itself: what the gate holds against it must have been forced."""
+    found = optimiser.gate(32, "cpu")
+    assert set(found) == {"entries", "products", "newton"} and max(found.values()) < 1e-8
+    monkeypatch.setattr(optimiser.polar, method, lambda m: haar(32))
+    wrong = optimiser.gate(32, "cpu")
+    assert [name for name, value in wrong.items() if value > 1e-8] == [method]

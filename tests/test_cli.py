@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from dfrot_lab import assets, models, rotations
+from dfrot_lab import assets, batches, files, models, owners, rotations
 from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,11 @@ def test_errors_are_one_line(arguments, message, smoke, tmp_path):
         ),
         (("--all", "--preset", "dfrot", "--seed", "0"), "--all settles --seed, --preset"),
         (("--preset", "best"), "'best' is not one of 'dfrot', 'recommended'"),
+        (("--start", "RX"), "'RX' is not one of 'RH', 'RO', and no .safetensors file"),
+        (
+            ("--start", "R1.safetensors"),
+            "R1.safetensors does not exist: make it with `dfrot-lab opt",
+        ),
     ],
 )
 def test_optimize_refuses_before_any_work(arguments, message, smoke, tmp_path):
@@ -123,6 +129,25 @@ def test_optimize_by_either_solver(smoke, tmp_path):
     assert ends["fast"] == pytest.approx(ends["svd"], rel=1e-3)
 
 
+def test_optimize_from_a_file(smoke, tmp_path):
+    first, *ends = (tmp_path / f"{name}.safetensors" for name in ("first", "hand", "preset"))
+    done = invoke("optimize", *smoke, "--gamma", "1", "--seed", 3, "--out", first)
+    assert done.exit_code == 0, done.output
+    for end, how in zip(ends, (("--gamma", "7"), ("--preset", "recommended")), strict=True):
+        done = invoke("optimize", *smoke, "--start", first, *how, "--out", end)
+        assert done.exit_code == 0, done.output
+    r, about = rotations.load(ends[0], 64)
+    assert (about["start"], about["gamma"]) == (files.sha256(first), "7.0")
+    assert not r.equal(rotations.load(first)[0])
+    _, about = rotations.load(ends[1], 64)
+    assert (about["objective"], about["iterations"]) == ("kurtosis", 100)
+    assert (tmp_path / "calibration" / "8" / "artefacts" / "activations.safetensors").is_file()
+    done = invoke("optimize", *smoke, "--start", first, "--seed", 1)
+    assert done.exit_code == 2 and "--start settles --seed" in done.output
+    done = invoke("optimize", *smoke, "--model", "tiny:qwen3", "--start", first)
+    assert done.exit_code == 1 and "was made for 'tiny:llama'" in done.output
+
+
 def test_optimize_by_preset(smoke, tmp_path):
     found = {}
     for name in ("dfrot", "recommended"):
@@ -142,7 +167,8 @@ def test_optimize_by_preset(smoke, tmp_path):
 @pytest.mark.parametrize("r2", [True, False])
 def test_merge_writes_a_checkpoint(tmp_path, r2):
     models.tiny("mistral").save_pretrained(tmp_path / "model")
-    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), {})
+    about = {"model": "mine", "fingerprint": owners.fingerprint(tmp_path / "model")}
+    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), about)
     options = ("--rotation", tmp_path / "R1.safetensors", "--out", tmp_path / "merged")
     done = invoke("merge", tmp_path / "model", *options, "--r2" if r2 else "--no-r2")
     assert done.exit_code == 0, done.output
@@ -156,7 +182,8 @@ def test_merge_reads_the_demo_model_from_its_dequantized_folder(tmp_path, monkey
     models.tiny("llama").save_pretrained(tmp_path / "model")
     monkeypatch.setattr(assets, "path", Path)
     monkeypatch.setattr(models, "_dequantized_folder", lambda gguf: tmp_path / "model")
-    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), {})
+    about = {"model": "mine", "fingerprint": owners.fingerprint(tmp_path / "model")}
+    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), about)
     options = ("--rotation", tmp_path / "R1.safetensors", "--out", tmp_path / "merged")
     done = invoke("merge", "demo", *options)
     assert done.exit_code == 0, done.output
@@ -177,7 +204,10 @@ def test_merge_names_the_tensors_of_a_file_without_r(tmp_path):
 def test_plan_says_memory_disk_and_time():
     done = invoke("plan", "--profile", "smoke")
     assert done.exit_code == 0, done.output
-    assert all(word in done.output for word in ("memory", "disk", "04_dfrot", "in all"))
+    assert all(word in done.stdout for word in ("memory", "disk", "04_dfrot", "in all"))
+    said = done.stderr.splitlines()
+    assert said[0].startswith("timing one and two layers of the shape of 'tiny:llama' here: ")
+    assert "timing: 100%" in done.stderr and "timing" not in done.stdout
 
 
 def test_a_missing_asset_names_the_command(monkeypatch, tmp_path):
@@ -225,6 +255,18 @@ def test_redraw_of_nothing_says_what_to_run(tmp_path):
         ("base: smoke\nnotebooks: {03: [windows]}\n", r"notebook 03 = \['windows'\] is not a map"),
         ("common: [1]\n", r"common = \[1\] is not a mapping"),
         ("- 1\n", "is not a mapping: use"),
+        ("base: smoke\ncommon: {bits: 17-4-16}\n", "bits = '17-4-16': each is 2 to 16"),
+        ("base: smoke\nnotebooks: {05: {all_bits: [4-4-4, 4-1-4]}}\n", "all_bits: .*'4-1-4'"),
+        ("base: smoke\nnotebooks: {05: {gptq: rtn}}\n", "'rtn': use one of gptq, gptq-shared"),
+        (
+            "base: smoke\nnotebooks: {09: {objectives: [whipp]}}\n",
+            "'whipp' is unknown: use .*whip,",
+        ),
+        ("base: smoke\nnotebooks: {10: {method: awq}}\n", "method = 'awq': use one of rtn, gptq,"),
+        ("base: smoke\nnotebooks: {03: {windos: 3}}\n", r"sets \['windos'\] for 03_massive"),
+        ("base: smoke\nnotebooks: {03: {windows: x}}\n", "windows = 'x' is not of type int"),
+        ("base: smoke\ncommon: {site: layer.0.mlp}\n", "'layer.0.mlp': use layers.N.attention or"),
+        ("base: smoke\nrotations: {starts: [RX]}\n", r"starts = \['RX'\]: use a list of RH, RO"),
         ("common: {a: [1\n", "is not YAML"),
     ],
 )
@@ -233,8 +275,46 @@ def test_a_wrong_profile_is_told_before_anything_starts(tmp_path, command, text,
     profile = tmp_path / "mine.yml"
     profile.write_text(text)
     done = CliRunner().invoke(app, [*command, "--profile", str(profile)])
-    assert done.exit_code == 1 and re.search(said, done.output), done.output
+    assert done.exit_code == 2 and re.search(said, done.output), done.output
     assert "Traceback" not in done.output and len(done.output.splitlines()) < 3
+
+
+def commands(group, *above):
+    """(its words, itself) of every command below `group`."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *above, name)
+        else:
+            yield (*above, name), command
+
+
+OF_A_PROFILE = [
+    (words, command)
+    for words, command in commands(app)
+    if any(p.name == "profile" for p in command.params)
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), OF_A_PROFILE, ids=[" ".join(words) for words, _ in OF_A_PROFILE]
+)
+def test_an_unknown_profile_is_status_2_of_every_command(words, command, tmp_path):
+    needed = {"notebook": ["03"], "prompt": ["Hi"], "rotation": ["--rotation", "RH"]}
+    needed["out"] = ["--out", tmp_path / "R1.safetensors"]
+    arguments = [a for p in command.params if p.required for a in needed[p.name]]
+    named = next(p for p in command.params if p.name == "profile")
+    asked = ["huge"] if isinstance(named, click.Argument) else ["--profile", "huge"]
+    done = invoke(*words, *asked, *arguments)
+    assert done.exit_code == 2, done.output
+    assert "profile 'huge' is unknown: use demo, full" in done.output
+    assert len(done.output.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_those_commands_are_all():
+    assert {" ".join(words) for words, _ in OF_A_PROFILE} == {
+        "assets", "run", "batch", "plan", "verify", "gallery", "collect", "optimize", "quantize",
+        "eval", "generate", "export compressed", "export rotation",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -242,6 +322,7 @@ def test_a_wrong_profile_is_told_before_anything_starts(tmp_path, command, text,
     [
         ("windows", "-1", "windows = -1 is negative: use 0 or more"),
         ("bits", "16-4", "bits = '16-4': use W-A-KV, such as '4-4-16'"),
+        ("bits", "16-17-4", "bits = '16-17-4': each is 2 to 16"),
         ("seeds", "1.5", r"seeds = 1.5 is not of type list: write '\[0, 1\]'"),
     ],
 )
@@ -250,3 +331,13 @@ def test_a_wrong_value_is_told_before_anything_starts(tmp_path, name, value, sai
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1 and re.search(said, done.output), done.output
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("site", ["layers.2.mlp", "layers.0.attn"])
+def test_a_site_that_the_model_has_not_starts_no_batch(tmp_path, site, monkeypatch):
+    monkeypatch.setattr(batches, "_supervised", lambda *_: pytest.fail("started"))
+    profile = tmp_path / "mine.yml"
+    profile.write_text(f"base: smoke\ncommon: {{site: {site}}}\n")
+    done = invoke("batch", "--profile", profile, "--only", "02")
+    assert done.exit_code != 0 and f"site = '{site}'" in done.output
+    assert not (ROOT / "results" / "mine").exists()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import logits
 
-from dfrot_lab import models, quantized_folder, side_by_side
+from dfrot_lab import models, profiles, quantized_folder, side_by_side
 from dfrot_lab.cli import app
 from dfrot_lab.lab import Lab
 from dfrot_lab.models import ModelError
@@ -43,7 +44,9 @@ def test_a_saved_model_computes_the_same(lab, tmp_path, bits):
     )
     assert torch.equal(logits(loaded, tokens), logits(built, tokens))
     assert not hasattr(built.config, quantized_folder.KEY)
-    with pytest.raises(ModelError, match="R4 merged"):  # not as if it were a plain one
+    with pytest.raises(
+        ModelError, match="written by `dfrot-lab quantize`"
+    ):  # not as if it were a plain one
         models.load(str(path))
 
 
@@ -99,6 +102,26 @@ def test_errors_are_one_line(arguments, said, smoke, tmp_path, monkeypatch):
     assert done.exit_code == 1 and len(errors) == 1 and said in errors[0], done.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("quantize", "--out", "q", "--bits", "17-4-16"), "bits = '17-4-16': each is 2 to 16"),
+        (("quantize", "--out", "q", "--rotation", "R5"), "rotation 'R5' is unknown"),
+        (("quantize", "--out", "q", "--gamma", "-1"), "gamma = -1.0 is negative"),
+        (("quantize", "--out", "q", "--corpus", "nowhere"), "unknown corpus 'nowhere'"),
+        (("eval", "--bits", "4-4-1"), "bits = '4-4-1': each is 2 to 16"),
+        (("eval", "--rotation", "FP", "--rotation", "RX"), "rotation 'RX' is unknown"),
+        (("eval", "--rotation", "no.safetensors"), "no.safetensors does not exist"),
+        (("generate", "Hi", "--bits", "4-4"), "bits = '4-4': use W-A-KV"),
+    ],
+)
+def test_wrong_values_are_told_before_anything_is_loaded(arguments, said, smoke, monkeypatch):
+    for name in ("load", "load_tokenizer"):
+        monkeypatch.setattr(models, name, lambda *_, **__: pytest.fail("loaded"))
+    done = invoke(arguments[0], *smoke, *arguments[1:])
+    assert done.exit_code == 1 and said in done.output, done.output
+
+
 def test_generate_is_greedy_and_says_how_far_it_follows_floating_point(lab):
     rows = side_by_side.texts(lab, "The newline", tokens=6, method="rtn")
     assert [r["name"] for r in rows] == ["FP", "RH W4A4", "DFRot W4A4"]
@@ -112,6 +135,47 @@ def test_generate_is_greedy_and_says_how_far_it_follows_floating_point(lab):
     ids = lab.tokenizer("The newline", add_special_tokens=False)["input_ids"]
     found = side_by_side.continuation(lab.lm, torch.tensor([ids]), 6)
     assert found == written[: len(found)]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        (" a word\nand é 中 ", "a word\nand é 中"),
+        ("\x05x\x1b[2J\u200b", r"\x05x\x1b[2J\u200b"),
+        (" \x05\n", r"\x05"),
+        (" \n", "blank; token ids 8 13"),
+        ("", "blank; token ids 8 13"),
+    ],
+)
+def test_every_text_can_be_seen(text, seen):
+    assert side_by_side.visible(text, [8, 13]) == seen
+
+
+def test_generate_of_a_random_model_is_seen_and_says_so(smoke, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    done = invoke("generate", "Hi", *smoke, "--method", "rtn", "--tokens", 12)
+    assert done.exit_code == 0, done.output
+    assert "model 'tiny:llama' has random weights" in done.stderr
+    assert all(c.isprintable() or c == "\n" for c in done.stdout)
+    first = done.stdout.splitlines()[2]
+    assert all(first[at : at + 30].strip() for at in (0, 34, 68))  # a text in every column
+
+
+def test_generate_prints_the_three_models_side_by_side(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    options = ("--method", "rtn", "--bits", "4-4-4", "--seed", 1, "--tokens", 6)
+    done = invoke("generate", "The newline", *smoke, *options)
+    assert done.exit_code == 0, done.output
+    common = profiles.load("smoke")["common"]
+    known = {f.name: common[f.name] for f in fields(Lab) if f.name in common}
+    rows = side_by_side.texts(
+        Lab(**known, folder=tmp_path / "lab"), "The newline", tokens=6, bits="4-4-4", method="rtn",
+        seed=1,
+    )  # fmt: skip
+    assert [r["name"] for r in rows] == ["FP", "RH W4A4KV4", "DFRot W4A4KV4"]
+    assert done.stdout == side_by_side.columns(rows, 90) + "\n"
+    assert done.stdout.splitlines()[0].split() == ["FP", "RH", "W4A4KV4", "DFRot", "W4A4KV4"]
+    assert list((tmp_path / "lab").rglob("DFRot-RH-*.safetensors"))  # refined, and kept
 
 
 def test_columns_fit_the_terminal():

@@ -13,6 +13,7 @@ from conftest import haar, relative, slow_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.optimiser import forced
 from dfrot_lab import dfrot, massive, polar, rotations
 from dfrot_lab.activations import Activations, ActivationsError
 from dfrot_lab.dfrot import Weighting, loss, optimize
@@ -164,6 +165,93 @@ def test_the_fast_step_is_the_plain_step(seed, spec, gamma, objective):
     assert found.rotated == pytest.approx(wanted.rotated, rel=1e-10)
 
 
+def written_product(x, r, spec, weighting, relax=1.0) -> torch.Tensor:
+    """XᵀW²(Y − ωE), E = Y − Q(Y), with no Gram matrix and no chunks."""
+    rows_, w = x.X.flatten(0, 1), expected_weights(x, spec, weighting)
+    y = rows_ @ r
+    e = y - slow_quantize(y, spec)[1]
+    return rows_.mT @ ((y - relax * e) * w[:, None])
+
+
+@pytest.mark.parametrize("method", ["products", "newton"])
+def test_the_fast_step_by_each_iteration_is_the_svd_step(method):
+    """A CPU would take the SVD by itself: the iteration is forced."""
+    determined = 0
+    for seed, gamma, spec in itertools.product(
+        range(8), (0.3, 1.0, 100.0), (QuantSpec(), QuantSpec(symmetric=True))
+    ):
+        x, start, weighting = rows(seed, tokens=80, d=24), haar(24, seed), Weighting(gamma)
+        m = written_product(x, start, spec, weighting)
+        options = {"iterations": 1, "dtype": FP64}
+        plain, _ = optimize(x, start, spec, weighting, solver="svd", **options)
+        with forced(method):
+            fast, _ = optimize(x, start, spec, weighting, solver="fast", **options)
+        assert rotations.orthogonality_error(fast) <= 1e-12
+        assert (fast * m).sum().item() == pytest.approx((plain * m).sum().item(), rel=1e-10)
+        if torch.linalg.cond(m) < 1e6:
+            determined += 1
+            assert (fast - plain).abs().max() < 1e-8
+    assert determined > 30  # of 48
+
+
+def test_an_ill_conditioned_step_at_full_size_is_as_good():
+    """d = 576, condition 1e9: the polar factor is no longer known to 1e-8, its objective is."""
+    d, spec, generator = 576, QuantSpec(), torch.Generator().manual_seed(1)
+    scales = torch.logspace(0, -4.8, d, dtype=FP64)
+    x = Activations.of(torch.randn(2 * d, d, generator=generator, dtype=FP64) * scales)
+    start = rotations.random_hadamard(d, 2)
+    m = x.X[0].mT @ fake_quantize(x.X[0] @ start, spec)
+    s = torch.linalg.svdvals(m)
+    assert 3e8 < s[0] / s[-1] < 3e9
+    for method in ("products", "newton"):
+        with forced(method):
+            r, _ = optimize(x, start, spec, Weighting(1.0), iterations=1, dtype=FP64)
+        assert rotations.orthogonality_error(r) <= 1e-12
+        assert (r * m).sum().item() == pytest.approx(s.sum().item(), rel=1e-10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, step, end", [(FP64, 1e-8, 1e-3), (torch.float32, 1e-4, 5e-3)])
+def test_a_gpu_takes_the_step_of_the_cpu_and_ends_as_low(dtype, step, end):
+    """Not the same R at the end: a code that rounding turns over sends the alternation elsewhere."""
+    x, start, spec = rows(3, tokens=2000, d=64), haar(64, 3), QuantSpec()
+    ends = {}
+    for count in (1, 30):
+        found = [
+            optimize(x, start, spec, Weighting(), iterations=count, dtype=dtype, device=device)[0]
+            for device in ("cpu", "cuda")
+        ]
+        assert all(rotations.orthogonality_error(r) <= 1e-12 for r in found)
+        ends[count] = found
+    assert (ends[1][0] - ends[1][1]).abs().max() < step
+    cpu, gpu = (loss(x, r, spec, Weighting()) for r in ends[30])
+    assert gpu == pytest.approx(cpu, rel=end)
+
+
+# --- over-relaxation -------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 999), SPECS, st.sampled_from([1.0, 100.0]), SOLVERS)
+def test_a_relaxed_step_is_the_polar_factor_of_what_is_written(seed, spec, gamma, solver):
+    """R ← polar(XᵀW²(Y − 1.6E)); the log stays that of the loss, with the codes of the half step (a)."""
+    x, start, weighting = rows(seed), haar(12, seed), Weighting(gamma)
+    m = written_product(x, start, spec, weighting, relax=1.6)
+    r, log = optimize(x, start, spec, weighting, iterations=1, dtype=FP64, solver=solver, relax=1.6)
+    assert (r - torch.from_numpy(scipy.linalg.polar(m.numpy())[0])).abs().max() < 1e-8
+    plain, _ = optimize(x, start, spec, weighting, iterations=1, dtype=FP64, solver=solver)
+    assert (r - plain).abs().max() > 1e-4
+    w, y = expected_weights(x, spec, weighting), x.X.flatten(0, 1)
+    error = (y @ r - slow_quantize(y @ start, spec)[1]).square().sum(-1)
+    wanted = (w * error).sum() / (w * y.square().sum(-1)).sum()
+    assert log.rotated[0] == pytest.approx(wanted.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("relax", [0, 2, -1.0, math.nan])
+def test_a_relaxation_that_does_not_converge_is_refused(relax):
+    with pytest.raises(ValueError, match=rf"relax = {relax}: use a number in \(0, 2\)"):
+        optimize(rows(0), haar(12), QuantSpec(), Weighting(), relax=relax)
+
+
 def test_bf16_products_follow_fp32():
     x, start = rows(3, tokens=4000, d=32, dtype=torch.float32), haar(32, 3)
     ends = {}
@@ -174,6 +262,33 @@ def test_bf16_products_follow_fp32():
     assert ends[torch.bfloat16] == pytest.approx(ends[torch.float32], rel=5e-3)
     with pytest.raises(ValueError, match="dtype = bfloat16 is for solver 'fast'"):
         optimize(x, start, QuantSpec(), Weighting(), dtype=torch.bfloat16, solver="svd")
+
+
+@pytest.mark.parametrize("relax", [1.0, 1.6])
+def test_a_stopped_run_has_given_up_little(relax):
+    """Of what three hundred steps reach; for the demo model see docs/optimiser.md."""
+    x, start = rows(5, tokens=500, d=32), haar(32, 5)
+    options = {"iterations": 300, "relax": relax}
+    _, long = optimize(x, start, QuantSpec(), Weighting(), **options)
+    assert len(long.rotated) == 300
+    for stop, lost in ((1e-2, 0.02), (3e-3, 0.005), (1e-3, 0.001)):
+        _, short = optimize(x, start, QuantSpec(), Weighting(), stop=stop, **options)
+        assert len(short.rotated) < 100
+        assert short.rotated[-1] <= (1 + lost) * long.rotated[-1]
+
+
+def test_a_warm_start_needs_fewer_steps():
+    """From the R1 of γ = 1 to γ = 100, against from the Hadamard: to the loss that 40 steps reach."""
+    x, spec, weighting = rows(5, tokens=1000, d=32), QuantSpec(), Weighting(100.0)
+    cold = rotations.random_hadamard(32, 0)
+    warm, _ = optimize(x, cold, spec, Weighting(1.0), iterations=40)
+    runs = {}
+    for name, start in (("cold", cold), ("warm", warm)):
+        _, log = optimize(x, start, spec, weighting, iterations=60)
+        runs[name] = log.rotated
+    wanted = 1.01 * runs["cold"][39]
+    steps = {n: next(i for i, v in enumerate(run) if v <= wanted) for n, run in runs.items()}
+    assert steps["warm"] <= steps["cold"] / 2
 
 
 def test_it_stops_when_the_loss_has_settled():
@@ -284,6 +399,24 @@ def test_a_share_by_importance_keeps_the_expected_loss():
     assert np.mean(sums) == pytest.approx(1, abs=0.01) and np.std(sums) < 0.05
 
 
+@pytest.mark.parametrize("solver", ["svd", "fast"])
+def test_refining_on_rows_drawn_by_importance(solver):
+    """A tenth of the rows, and the loss of all of them falls nearly as far as if all were used."""
+    x, spec, start = rows(8, sites=2, tokens=4000, d=32), QuantSpec(), haar(32, 8)
+    options = {"iterations": 20, "solver": solver}
+    _, whole = optimize(x, start, spec, Weighting(), **options)
+    options |= {"rows": 0.1, "sampling": "importance"}
+    r, log = optimize(x, start, spec, Weighting(), **options)
+    assert rotations.orthogonality_error(r) <= 1e-12
+    assert log.rows == pytest.approx(800, rel=0.15) and log.massive_rows == whole.massive_rows
+    few, first, all_ = loss(x, r, spec, Weighting()), whole.quantized[0], whole.rotated[-1]
+    assert few < first - 0.9 * (first - all_)
+    again, same = optimize(x, start, spec, Weighting(), **options)
+    assert torch.equal(again, r) and same == log
+    uniform, _ = optimize(x, start, spec, Weighting(), **options | {"sampling": "uniform"})
+    assert not torch.equal(uniform, r)
+
+
 def test_the_whole_share_is_the_whole():
     x = rows(9)
     weights, _ = dfrot.row_weights(x, QuantSpec(), Weighting())
@@ -313,13 +446,21 @@ def interrupted(monkeypatch, path, x, start, weighting, at: int, **options) -> N
             optimize(x, start, QuantSpec(), weighting, checkpoint=path, every=3, **options)
 
 
-@pytest.mark.parametrize("objective", ["centroids", "least_squares"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"objective": "centroids"},
+        {"objective": "least_squares"},
+        {"rows": 0.5, "sampling": "importance"},
+        {"relax": 1.6},
+        {"qr": True},
+    ],
+    ids=lambda more: "-".join(map(str, more.values())),
+)
 @pytest.mark.parametrize("solver, step", [("svd", "_accumulate"), ("fast", "_streamed")])
-def test_an_interrupted_run_ends_with_the_same_bytes(
-    monkeypatch, tmp_path, solver, step, objective
-):
+def test_an_interrupted_run_ends_with_the_same_bytes(monkeypatch, tmp_path, solver, step, more):
     x, start, path = rows(10), haar(12, 1), tmp_path / "state.safetensors"
-    options = {"iterations": 10, "solver": solver, "objective": objective}
+    options = {"iterations": 10, "solver": solver} | more
     wanted = optimize(x, start, QuantSpec(), Weighting(), **options)
     interrupted(monkeypatch, path, x, start, Weighting(), at=9, **options)
     assert path.exists()
@@ -329,6 +470,12 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert len(steps) == 4  # six of ten were saved
     assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
     assert not list(tmp_path.iterdir())
+
+
+OTHERWISE = {
+    "share": 0.5, "solver": "svd", "objective": "whip", "stop": 0.5, "relax": 1.6,
+    "sampling": "importance", "qr": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -344,6 +491,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         "solver",
         "objective",
         "stop",
+        "relax",
+        "sampling",
+        "qr",
     ],
 )
 def test_a_checkpoint_of_another_optimisation_is_not_taken(monkeypatch, tmp_path, changed):
@@ -360,12 +510,22 @@ def test_a_checkpoint_of_another_optimisation_is_not_taken(monkeypatch, tmp_path
         spec = QuantSpec(symmetric=True)
     elif changed == "dtype":
         options["dtype"] = FP64
-    elif changed in (more := {"share": 0.5, "solver": "svd", "objective": "whip", "stop": 0.5}):
-        options["rows" if changed == "share" else changed] = more[changed]
+    elif changed in OTHERWISE:
+        options["rows" if changed == "share" else changed] = OTHERWISE[changed]
     else:
         options["iterations"] = 4
     wanted = optimize(x, start, spec, weighting, **options)
+    resumed, real = [], dfrot._resume
+
+    def resume(path, key, log, *rest):
+        r = real(path, key, log, *rest)
+        resumed.append(log.rotated != [])
+        return r
+
+    monkeypatch.setattr(dfrot, "_resume", resume)
     found = optimize(x, start, spec, weighting, checkpoint=path, **options)
+    # where all rows are used, `sampling` alone would not show in the result
+    assert resumed == [False]
     assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dry_runs import dry_run
 
 from dfrot_lab import experiments, files, kept_files, notebooks, profiles
 from dfrot_lab.artefacts import Artefacts
@@ -72,7 +72,7 @@ def test_a_malformed_experiment_is_refused(root, text, said):
         experiments.find("trial", "smoke", root)
 
 
-@pytest.mark.parametrize("name", [KEPT, "artefacts", "../up", ""])
+@pytest.mark.parametrize("name", [KEPT, "artefacts", "logs", "../up", ""])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(root, name):
     with pytest.raises(ExperimentError, match="no notebook's"):
         grid(root, name=name, seeds=[[0]])
@@ -234,25 +234,6 @@ def test_the_summary_takes_accuracies(root):
     assert told[0]["quantity"] == "accuracy of RH, bits 4-4-16, task last_word"
 
 
-def dry_run(folder, experiment, profile="smoke"):
-    """The jobs that Snakemake would start: [(rule, its wildcards, resources, input)]."""
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "-n", "--snakefile", "Snakefile", "--cores", "1",
-         "--nolock", "--config", f"profile={profile}", "notebooks=", f"experiment={experiment}"],
-        cwd=folder, text=True, capture_output=True, check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = []
-    for block in re.split(r"\n(?=(?:local)?rule )", done.stdout + done.stderr)[1:]:
-        told = dict(re.findall(r"^    (\w+): (.*)$", block, re.M))
-        wildcards = dict(w.split("=") for w in told.get("wildcards", "").split(", ") if w)
-        resources = dict(w.split("=") for w in told.get("resources", "").split(", ") if w)
-        rule = re.match(r"(?:local)?rule (\w+)", block)[1]
-        found.append((rule, wildcards, resources, told.get("input", "").split(", ")))
-    return found
-
-
 @pytest.fixture
 def checkout(root):
     """What the Snakefile reads besides."""
@@ -264,30 +245,47 @@ def checkout(root):
 def test_snakemake_makes_what_is_shared_once(checkout):
     found = grid(checkout, ("03", "04"), model=["tiny:llama", "tiny:qwen2"], seeds=[[0], [1]])
     experiments.prepare(found)
-    jobs = dry_run(checkout, "trial")
+    jobs = dry_run(checkout, experiment="trial")
     shares = {str(s.folder) for s in found.shares}
     for rule in ("assets", "activations", "rotations"):
-        assert sorted(w["home"] for r, w, *_ in jobs if r == rule) == sorted(shares)
+        assert sorted(j.wildcards["home"] for j in jobs if j.rule == rule) == sorted(shares)
     points = {(str(p.folder), n): p for p in found.points for n in found.notebooks}
-    run = {(w["folder"], w["notebook"]): inputs for r, w, _, inputs in jobs if r == "notebook"}
+    run = {(j.wildcards["folder"], j.name): j for j in jobs if j.rule == "notebook"}
     assert set(run) == set(points)
-    for (folder, name), inputs in run.items():
-        home = points[folder, name].share.folder
+    for (folder, name), job in run.items():
+        home, inputs = points[folder, name].share.folder, job.inputs
         assert f"{home}/artefacts/activations.safetensors" in inputs
         assert (f"{home}/artefacts/rotations-trial.json" in inputs) == (name == REFINED)
-        assert f"{folder}/profile.yml" in inputs and f"notebooks/{name}.ipynb" in inputs
+        assert f"notebooks/{name}.ipynb" in inputs
+
+
+@pytest.mark.parametrize("home", ["./2024", "/elsewhere/my results"])
+def test_a_folder_of_its_own_has_all_that_a_grid_makes(checkout, home, tmp_path):
+    home = home.replace("/elsewhere", str(tmp_path))
+    grid(checkout, model=["tiny:llama", "tiny:qwen2"], seeds=[[0]])
+    found = experiments.find("trial", "smoke", checkout, Path(home))
+    experiments.prepare(found)
+    jobs = dry_run(checkout, experiment="trial", folder=home)
+    folders = {
+        Path(j.wildcards["home"] if "home" in j.wildcards else j.wildcards["folder"])
+        for j in jobs
+        if j.rule != "all"
+    }
+    assert folders == {s.folder for s in found.shares} | {p.folder for p in found.points}
+    assert all(folder.is_relative_to(Path(home)) for folder in folders)
+    assert not (checkout / "results").exists()
 
 
 def test_hessians_are_as_many_windows_as_the_points_ask_for(checkout):
     found = grid(checkout, ("05",), weight_windows=[2, 4], seeds=[[0], [1]])
     experiments.prepare(found)
-    jobs = dry_run(checkout, "trial")
-    homes = [w["home"] for r, w, *_ in jobs if r == "hessians"]
+    jobs = dry_run(checkout, experiment="trial")
+    homes = [j.wildcards["home"] for j in jobs if j.rule == "hessians"]
     assert sorted(homes) == sorted(str(s.folder) for s in found.shares) and len(homes) == 2
     made = {f"{home}/artefacts/hessians/hessians.json" for home in homes}
-    for rule, _, resources, inputs in jobs:
-        if rule == "notebook":
-            assert len(made & set(inputs)) == 1 and resources["hessians"] == "0"
+    for job in jobs:
+        if job.rule == "notebook":
+            assert len(made & set(job.inputs)) == 1 and job.resources["hessians"] == "0"
 
 
 def test_jobs_ask_for_what_the_profile_and_the_grid_say(checkout):
@@ -295,8 +293,8 @@ def test_jobs_ask_for_what_the_profile_and_the_grid_say(checkout):
     (checkout / "own.yml").write_text(yaml.safe_dump(own))
     found = grid(checkout, profile="own.yml", device=["cpu", "cuda"])
     experiments.prepare(found)
-    jobs = dry_run(checkout, "trial", "own.yml")
-    asked = [resources for rule, _, resources, _ in jobs if rule in ("activations", "notebook")]
+    jobs = dry_run(checkout, experiment="trial", profile="own.yml")
+    asked = [j.resources for j in jobs if j.rule in ("activations", "notebook")]
     assert len(asked) == 4
     for resources in asked:
         assert (resources["mem_mb"], resources["runtime"], resources["gpu"]) == ("12345", "77", "1")

@@ -13,6 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import haar, logits, random_tokens, relative
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from dfrot_lab import models, rotations
@@ -29,16 +30,16 @@ try:
     sys.exit("dfrot_lab can be imported here")
 except ImportError:
     pass
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-tokens = torch.load(sys.argv[2])
-with torch.inference_mode():
-    torch.save(model(tokens, use_cache=False).logits, sys.argv[3])
+torch.set_num_threads(1)
+for i, folder in enumerate(sys.argv[1:]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        torch.save(model(torch.load("tokens.pt"), use_cache=False).logits, f"{i}.pt")
 """
 
 
-def elsewhere(folder, tokens, tmp_path):
-    """Logits of `folder` from a new process without this package."""
-    away = tmp_path / "away"
+def elsewhere(folders, tokens, away):
+    """Logits of each of `folders` from one new process without this package, which runs in `away`."""
     away.mkdir()
     torch.save(tokens, away / "tokens.pt")
     # the editable install is a path hook: with -S it is not set up, site-packages are given by hand
@@ -46,11 +47,11 @@ def elsewhere(folder, tokens, tmp_path):
     environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join(packages), "HOME": str(away)}
     done = subprocess.run(
-        [sys.executable, "-S", "-c", ELSEWHERE, folder, "tokens.pt", "logits.pt"],
+        [sys.executable, "-S", "-c", ELSEWHERE, *folders],
         cwd=away, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return torch.load(away / "logits.pt")
+    return [torch.load(away / f"{i}.pt") for i in range(len(folders))]
 
 
 def opened(folder):
@@ -64,20 +65,64 @@ def invoke(*arguments):
 # --- Hugging Face ---------------------------------------------------------------------------------
 
 
-def test_a_folder_computes_the_same_in_a_process_without_this_package(saved, tmp_path):
+FAMILIES = [(kind, how) for kind in models.ARCHITECTURES for how in ("RH", "refined")]
+
+
+def refined(model, folder, *options):
+    """The path of an R1 (and R2) refined for `model`, as `export rotation` writes it."""
+    out = folder / "R1.safetensors"
+    done = invoke(
+        "export", "rotation", "--model", model, "--folder", folder, "--out", out, *options
+    )
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """(folder, R1, logits of `random_tokens` elsewhere) of every family's exports; one process for all."""
+    base, made = tmp_path_factory.mktemp("reloaded"), {}
+    for kind, how in FAMILIES:
+        model, out = f"tiny:{kind}", base / f"{kind}-{how}"
+        file = refined(model, base / kind, "--profile", "smoke") if how == "refined" else how
+        done = invoke("export", "hf", "--model", model, "--rotation", file, "--out", out)
+        assert done.exit_code == 0, done.output
+        r1 = rotations.load(file)[0] if how == "refined" else rotations.random_hadamard(64)
+        made[kind, how] = out, r1
+    found = elsewhere([out for out, _ in made.values()], random_tokens(), base / "away")
+    return {k: (*v, found[i]) for i, (k, v) in enumerate(made.items())}
+
+
+@pytest.mark.parametrize(("kind", "how"), FAMILIES)
+def test_a_folder_computes_the_same_in_a_process_without_this_package(reloaded, kind, how):
+    folder, r1, found = reloaded[kind, how]
+    original = models.tiny(kind)
+    assert relative(found, logits(original, random_tokens())) < 1e-5
+    # and it is another model than the original: the rotation is there
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    wanted = (original.model.embed_tokens.weight.double() @ r1).float()
+    torch.testing.assert_close(table, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_the_demo_model_refined_computes_the_same_in_a_process_without_this_package(tmp_path):
+    file = refined("demo", tmp_path / "lab", "--profile", "demo", "--iterations", "2")
+    out, ids = tmp_path / "out", checks.tokens(49152)
+    done = invoke("export", "hf", "--rotation", file, "--out", out)
+    assert done.exit_code == 0, done.output
+    original = models.load("demo", fold=False)
+    assert relative(elsewhere([out], ids, tmp_path / "away")[0], logits(original, ids)) < 1e-4
+    table = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    wanted = original.model.embed_tokens.weight.double() @ rotations.load(file)[0]
+    assert relative(table, wanted) < 1e-5
+
+
+def test_a_folder_says_what_it_holds(saved, tmp_path):
     source = saved()
     done = invoke("export", "hf", "--model", source, "--rotation", "RH", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "gains, R1, R2 merged" in done.output
-    tokens = random_tokens()
-    found = elsewhere(tmp_path / "out", tokens, tmp_path)
-    original = transformers.AutoModelForCausalLM.from_pretrained(source)
-    assert relative(found, logits(original, tokens)) < 1e-5
-    # and it is another model than the original: the rotation is there
-    mine = load_file(tmp_path / "out" / "model.safetensors")
-    r = rotations.random_hadamard(64).float()
-    wanted = original.model.embed_tokens.weight @ r
-    torch.testing.assert_close(mine["model.embed_tokens.weight"], wanted, rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     about = config["dfrot_export"]
     assert config["dfrot_merged"] == about["merged"] == ["gains", "R1", "R2"]
@@ -154,6 +199,34 @@ def test_a_quantized_checkpoint_is_refused(saved, tmp_path):
         pass
 
 
+@pytest.mark.parametrize("rotation", ["RH", "NR"])
+def test_a_folder_of_quantize_is_no_source(rotation, tmp_path):
+    made = invoke("quantize", "--profile", "smoke", "--folder", tmp_path / "lab", "--method", "rtn",
+                  "--rotation", rotation, "--out", tmp_path / "q")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    r1 = rotation_files.write(tmp_path / "R1.safetensors", haar(64), None, {"model": "any"})
+    smoke = ("--profile", "smoke", "--model", tmp_path / "q", "--folder", tmp_path / "other")
+    out = ("--out", tmp_path / "out")
+    asked = [("export", f, "--model", tmp_path / "q", "--rotation", name, *out)
+             for f in ("hf", "gguf", "compressed") for name in ("NR", "RH")]  # fmt: skip
+    asked += [("merge", tmp_path / "q", "--rotation", r1, *out)]
+    asked += [("quantize", *smoke, "--rotation", "NR", *out), ("eval", *smoke, "--rotation", "FP")]
+    for arguments in asked:
+        done = invoke(*arguments)
+        assert done.exit_code == 1 and "written by `dfrot-lab quantize`" in done.output, arguments
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["R4", "heads"])
+def test_a_checkpoint_with_an_online_hadamard_is_no_source(part, saved, tmp_path):
+    source = saved()
+    config = json.loads((source / "config.json").read_text())
+    config["dfrot_merged"] = ["gains", part]
+    (source / "config.json").write_text(json.dumps(config))
+    done = invoke("export", "hf", "--model", source, "--rotation", "NR", "--out", tmp_path / "out")
+    assert done.exit_code == 1 and f"saved with {part} merged" in done.output
+
+
 def test_another_models_rotation_is_refused(saved, tmp_path):
     mine, other = saved(), saved(name="other", seed=1)
     file = tmp_path / "R1.safetensors"
@@ -185,6 +258,15 @@ def test_a_rotation_that_names_no_model_is_refused(saved, tmp_path):
         sources.recipe(str(tmp_path / "R1.safetensors"), s)
 
 
+def test_a_rotation_that_could_be_anyones_is_refused(saved, tmp_path):
+    """Of the right name, as `optimize --out` wrote them once, but without anything to compare."""
+    source, file = saved(), tmp_path / "R1.safetensors"
+    rotations.save(file, haar(64), {"model": "owner/name"})
+    at = sources.Source(source, "owner/name", "1111")
+    with pytest.raises(RotationError, match="no fingerprint or revision of the 'owner/name'"):
+        sources.recipe(str(file), at)
+
+
 def test_a_revision_of_a_folder_is_refused(saved):
     done = invoke("export", "hf", "--model", saved(), "--revision", "main", "--rotation", "RH",
                   "--out", "nowhere")  # fmt: skip
@@ -200,6 +282,36 @@ def test_a_fingerprint_sees_content_not_shards(saved, tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
     model.save_pretrained(tmp_path / "tuned")
     assert sources.fingerprint(tmp_path / "tuned") != sources.fingerprint(source)
+
+
+def test_a_configuration_that_lost_its_record_is_not_left(saved, tmp_path, monkeypatch):
+    write = huggingface.files.write_json
+
+    def forgetful(path, value):
+        write(path, {k: v for k, v in value.items() if k != "dfrot_merged"})
+
+    monkeypatch.setattr(huggingface.files, "write_json", forgetful)
+    with (
+        opened(saved()) as s,
+        pytest.raises(ExportError, match=r"its config\.json says \[\] merged"),
+    ):
+        huggingface.write(s, tmp_path / "out", sources.recipe("RO", s))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_a_killed_export_left_is_swept_and_a_running_one_is_not(saved, tmp_path):
+    killed, running, new = (tmp_path / f".partial-out-{name}" for name in ("a", "b", "c"))
+    older, other = tmp_path / ".partial-out-d", tmp_path / ".partial-else-e"
+    for folder in (killed, running, new, older, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    (killed / ".lock").touch()
+    os.utime(older, (0, 0))  # of a version without locks
+    with FileLock(running / ".lock"), opened(saved()) as s:
+        huggingface.write(s, tmp_path / "out", sources.recipe("RO", s))
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not killed.exists() and not older.exists()
+    assert running.exists() and new.exists() and other.exists()
 
 
 # --- rotations alone ------------------------------------------------------------------------------
@@ -232,6 +344,25 @@ def test_a_rotation_leaves_with_its_story_and_merges_where_it_belongs(tmp_path):
     assert torch.equal(rotations.load(out)[0], r)
 
 
+def test_a_preset_leaves_with_its_story(tmp_path):
+    out, smoke = tmp_path / "R1.safetensors", ("--profile", "smoke", "--folder", tmp_path / "lab")
+    done = invoke("export", "rotation", *smoke, "--preset", "recommended", "--out", out)
+    assert done.exit_code == 0, done.output
+    r, about = rotations.load(out, 64)
+    assert (about["preset"], about["objective"], about["iterations"]) == (
+        "recommended", "kurtosis", 100,
+    )  # fmt: skip
+    plain = tmp_path / "plain.safetensors"
+    done = invoke("optimize", *smoke, "--preset", "recommended", "--out", plain)
+    assert done.exit_code == 0 and torch.equal(rotations.load(plain)[0], r)
+    other = invoke("export", "rotation", *smoke, "--out", tmp_path / "dfrot.safetensors")
+    assert other.exit_code == 0, other.output
+    tokens = rotations.load(tmp_path / "dfrot.safetensors")[1]["calibration_tokens"]
+    assert about["calibration_tokens"] != tokens  # eight windows, not one
+    both = invoke("export", "rotation", "--preset", "dfrot", "--gamma", 1, "--out", tmp_path / "x")
+    assert both.exit_code == 2 and "--preset settles --gamma" in both.output
+
+
 def test_an_imported_rotation_is_made_orthogonal_and_says_by_how_much(tmp_path):
     exact = haar(64, 5)
     np.save(tmp_path / "R1.npy", exact.float().numpy())
@@ -254,6 +385,18 @@ def test_a_transposed_file_is_turned_back(tmp_path):
     np.save(tmp_path / "R1.npy", haar(16).mT.float().numpy())
     r, _ = rotation_files.read_npy(tmp_path / "R1.npy", 16, transpose=True)
     assert (r - haar(16)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("options", [(), ("--transpose",)])
+def test_the_command_turns_a_transposed_file_back_if_told(tmp_path, options):
+    np.save(tmp_path / "R1.npy", haar(64).mT.float().numpy())
+    out = tmp_path / "R1.safetensors"
+    done = invoke("import-rotation", tmp_path / "R1.npy", "--model", "tiny:llama", *options,
+                  "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    r, about = rotations.load(out, 64)
+    assert (r - (haar(64) if options else haar(64).mT)).abs().max() < 1e-7
+    assert about["model"] == "tiny:llama" and about["imported"]["after"] < 1e-13
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from click.testing import CliRunner
 from conftest import logits, random_tokens, relative
 from safetensors.torch import load_file
 
-from dfrot_lab import models, quantized_model, quantizers, rotations
+from dfrot_lab import corpora, models, profiles, quantized_model, quantizers, rotations
 from dfrot_lab.cli import app
 from dfrot_lab.exports import compressed, sources
 from dfrot_lab.exports.sources import ExportError
+from dfrot_lab.linears import grid
 from dfrot_lab.quantized_model import ModelSpec
 from dfrot_lab.quantizers import QuantSpec
 from dfrot_lab.rotations import Rotations
@@ -67,8 +68,6 @@ def test_transformers_computes_what_we_compute(package, tmp_path, kind, bits, pa
 def test_the_package_unpacks_our_codes(package, tmp_path):
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    from dfrot_lab.linears import grid
-
     export(tmp_path, packed=True)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.1.mlp.down_proj"
@@ -115,6 +114,30 @@ def test_gptq_weights_are_stored_too(package, tmp_path):
     assert error < compressed.NEAR
 
 
+def test_the_command_calibrates_gptq_on_the_profiles_text(package, tmp_path):
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        app, ["export", "compressed", "--model", "tiny:qwen2", "--rotation", "RH", "--bits", "4-8-16",
+              "--method", "gptq", "--profile", "smoke", "--out", str(out)],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "gains, R1, R2 merged" in done.output
+    about = json.loads((out / "config.json").read_text())["dfrot_export"]
+    assert (about["method"], about["bits"]) == ("gptq", "4-8-16")
+    # the codes are those of GPTQ on 128 windows of the profile's corpus and length, not of RTN
+    common, model = profiles.load("smoke")["common"], models.load("tiny:qwen2")
+    tokenizer = models.load_tokenizer("tiny:qwen2")
+    tokens = corpora.load("pydoc", "calibration", tokenizer, windows=128, seqlen=96, seed=0)
+    name, codes = "model.layers.1.mlp.down_proj", {}
+    for method in ("gptq", "rtn"):
+        spec = ModelSpec.of("4-8-16", method=method, clip_steps=common["clip_steps"])
+        given = tokens if method == "gptq" else None
+        built = quantized_model.build(model, BOTH, spec, calibration=given)
+        codes[method] = grid(built.get_submodule(name).weight)[0]
+    stored = load_file(out / "model.safetensors")[f"{name}.weight"]
+    assert torch.equal(stored, codes["gptq"]) and not torch.equal(stored, codes["rtn"])
+
+
 def test_an_exported_checkpoint_is_no_source(package, tmp_path):
     export(tmp_path)
     with (
@@ -127,8 +150,6 @@ def test_an_exported_checkpoint_is_no_source(package, tmp_path):
 
 
 def test_a_wrong_step_is_not_left(package, tmp_path, monkeypatch):
-    from dfrot_lab.linears import grid
-
     def wrong(w):
         code, step = grid(w)
         return code, step * (1 + 0.2 * (torch.arange(len(step)) == 0))

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import logits, random_tokens, relative
-from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
-from tokenizers import models as kinds
+from conftest import byte_pairs, logits, random_tokens, relative
 
 from benchmarks import llama_formats
 from dfrot_lab import corpora, evaluation, models, rotations
 from dfrot_lab.cli import app
-from dfrot_lab.exports import gguf, sources, vocabularies
+from dfrot_lab.exports import checks, gguf, sources, vocabularies
 from dfrot_lab.exports.sources import ExportError
 
 LLAMA3 = {
@@ -68,7 +66,8 @@ def test_the_tensors_are_the_merged_ones(written, tmp_path, kind):
     np.testing.assert_allclose(found["blk.0.attn_q.weight"], q, **near)
     assert (found["output_norm.weight"] == 1).all()
     assert value(reader, "dfrot.merged") == ["gains", "R1", "R2"] == about["merged"]
-    assert json.loads(value(reader, "dfrot.record")) == about
+    assert json.loads(value(reader, "dfrot.record")) | {"verified": about["verified"]} == about
+    assert about["verified"]["texts"] == 0  # there is no vocabulary
     arch = "llama" if kind == "mistral" else kind
     assert value(reader, "general.architecture") == arch
     assert value(reader, f"{arch}.attention.head_count_kv") == 2
@@ -113,23 +112,90 @@ def test_reorder_puts_halves_of_a_head_side_by_side():
     assert gguf.reorder(w, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
-def test_a_rotated_gguf_is_not_rotated_again(written, tmp_path):
-    written()
-    done = CliRunner().invoke(
-        app,
-        [
-            "export",
-            "hf",
-            "--model",
-            str(tmp_path / "model.gguf"),
-            "--rotation",
-            "RH",
-            "--out",
-            str(tmp_path / "again"),
-        ],
+@pytest.fixture
+def rotated(saved, tmp_path, monkeypatch):
+    """A rotated GGUF with a vocabulary, and an empty cache."""
+    monkeypatch.setenv("DFROT_CACHE", str(tmp_path / "cache"))
+    folder, path = saved(), tmp_path / "rotated.gguf"
+    byte_pairs(folder)
+    with sources.opened(str(folder)) as s:
+        gguf.write(s, path, sources.recipe("RH", s))
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_a_rotated_gguf_is_not_rotated_again(rotated, tmp_path):
+    """By any command, nor by way of the folder that it is dequantized to."""
+    rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64), {"model": "any"})
+    file, out, lab = tmp_path / "R1.safetensors", tmp_path / "again", tmp_path / "lab"
+    cached = models.load_config(str(rotated)).name_or_path
+    assert models.load_config(cached).dfrot_merged == ["gains", "R1", "R2"]
+    for model, few in ((rotated, None), (cached, 4)):
+        smoke = ("--profile", "smoke", "--model", model, "--folder", lab)
+        asked = (
+            ("merge", model, "--rotation", file, "--out", out),
+            ("export", "hf", "--model", model, "--rotation", "RH", "--out", out),
+            ("quantize", *smoke, "--method", "rtn", "--rotation", "RH", "--out", out),
+            ("optimize", *smoke),
+            ("export", "rotation", *smoke, "--out", tmp_path / "again.safetensors"),
+            ("eval", *smoke, "--method", "rtn", "--rotation", "RH"),
+            ("generate", "Hi", *smoke),
+            ("collect", *smoke),
+            ("run", "02", "--profile", "smoke", "-p", "model", model, "--folder", lab),
+        )
+        for arguments in asked[:few]:
+            done = invoke(*arguments)
+            assert done.exit_code == 1, (arguments, done.output)
+            assert "is rotated already (gains, R1, R2 merged)" in done.output, arguments
+            assert not out.exists() and not list(lab.rglob("*.safetensors"))
+
+
+def test_a_rotated_gguf_is_passed_on_as_it_is(rotated, tmp_path):
+    done = invoke("export", "hf", "--model", rotated, "--rotation", "NR", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    tokens, first = random_tokens(), models.load(str(tmp_path / "source"))
+    assert (
+        relative(logits(models.load(str(tmp_path / "out")), tokens), logits(first, tokens)) < 1e-5
     )
-    assert done.exit_code == 1 and "holds a rotated model (gains, R1, R2 merged)" in done.output
-    assert not (tmp_path / "again").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dfrot_merged"] == ["gains", "R1", "R2"]
+    assert config["dfrot_export"]["model"] == str(tmp_path / "source")  # what was there at first
+
+
+def test_a_folder_dequantized_before_marks_were_kept_is_not_used(rotated, tmp_path):
+    stat = rotated.stat()
+    old = tmp_path / "cache" / "dequantized" / f"rotated-{stat.st_size}-{stat.st_mtime_ns}"
+    models.tiny("llama").save_pretrained(old)
+    assert models.load_config(str(rotated)).dfrot_merged == ["gains", "R1", "R2"]
+
+
+def test_what_was_verified_stands_in_the_file(saved, tmp_path):
+    folder, path = saved(), tmp_path / "a.gguf"
+    byte_pairs(folder)
+    with sources.opened(str(folder)) as s:
+        about = gguf.write(s, path, sources.recipe("RH", s))
+    verified, reader = about["verified"], format.GGUFReader(path)
+    assert 0 < verified["logits"] < 1e-5 and verified["texts"] == len(checks.TEXTS)
+    assert value(reader, "dfrot.verified.logits") == verified["logits"]
+    assert value(reader, "dfrot.verified.texts") == verified["texts"]
+
+
+def test_a_wrong_vocabulary_is_not_left(saved, tmp_path, monkeypatch):
+    folder, add = saved(), format.GGUFWriter.add_token_list
+
+    def swapped(self, tokens):
+        i, j = tokens.index("t"), tokens.index("h")
+        tokens[i], tokens[j] = tokens[j], tokens[i]
+        add(self, tokens)
+
+    byte_pairs(folder)
+    monkeypatch.setattr(format.GGUFWriter, "add_token_list", swapped)
+    with sources.opened(str(folder)) as s, pytest.raises(ExportError, match="into tokens"):
+        gguf.write(s, tmp_path / "a.gguf", sources.recipe("RH", s))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
 @pytest.mark.parametrize(
@@ -154,30 +220,6 @@ def test_a_window_bounds_the_context(written):
 
 
 # --- vocabulary -----------------------------------------------------------------------------------
-
-QWEN = next(text for text, name in vocabularies.PRE.items() if name == "qwen2")
-
-
-def byte_pairs(folder, cut=None):
-    """A byte-level BPE tokenizer of fewer than 384 tokens, saved in `folder`."""
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(kinds.BPE())
-    split = pre_tokenizers.Split(__import__("tokenizers").Regex(cut or QWEN), "isolated")
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    raw.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    raw.train_from_iterator(
-        ["the rotation of the stream and the rotation of the heads"] * 3, trainer
-    )
-    raw.add_tokens(["<tool>"])
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>").save_pretrained(folder)
-    return raw
 
 
 def test_byte_pairs_are_read_from_tokenizer_json(saved, tmp_path):
@@ -210,6 +252,42 @@ def test_an_unknown_pre_tokenizer_asks_for_its_name(saved, tmp_path):
             gguf.write(s, tmp_path / "a.gguf", recipe)
         gguf.write(s, tmp_path / "a.gguf", recipe, pre="gpt-2")
     assert value(format.GGUFReader(tmp_path / "a.gguf"), "tokenizer.ggml.pre") == "gpt-2"
+
+
+def test_the_command_writes_what_its_options_say(saved, tmp_path):
+    folder, out = saved(), tmp_path / "new" / "model.gguf"
+    raw = byte_pairs(folder, cut="a+|b")
+    done = invoke("export", "gguf", "--model", folder, "--rotation", "RO", "--seed", 2, "--no-r2",
+                  "--dtype", "F16", "--pre", "gpt-2", "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert f"{out}: gains, R1 merged" in done.output
+    reader = format.GGUFReader(out)
+    original = models.load(str(folder), fold=False).model.embed_tokens.weight.double()
+    wanted = original @ rotations.random_orthogonal(64, 2)
+    found = tensors(reader)["token_embd.weight"]
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-3, atol=1e-3)
+    assert value(reader, "dfrot.merged") == ["gains", "R1"]
+    assert json.loads(value(reader, "dfrot.record"))["R1"] == {"rotation": "RO", "seed": 2}
+    assert value(reader, "tokenizer.ggml.pre") == "gpt-2"
+    words = value(reader, "tokenizer.ggml.tokens")
+    assert words[: raw.get_vocab_size()] == [
+        raw.id_to_token(i) for i in range(raw.get_vocab_size())
+    ]
+    assert [p.name for p in out.parent.iterdir()] == ["model.gguf"]
+
+
+def test_the_command_leaves_the_vocabulary_out_if_told(tmp_path):
+    out = tmp_path / "model.gguf"
+    ask = ("export", "gguf", "--model", "tiny:qwen3", "--rotation", "RH", "--out", out)
+    done = invoke(*ask)
+    assert done.exit_code == 1 and "no tokenizer.json" in done.output and not out.exists()
+    done = invoke(*ask, "--no-vocabulary")
+    assert done.exit_code == 0, done.output
+    reader = format.GGUFReader(out)
+    assert value(reader, "tokenizer.ggml.model") == "no_vocab"
+    assert value(reader, "general.architecture") == "qwen3"
+    assert value(reader, "dfrot.merged") == ["gains", "R1", "R2"]
 
 
 def test_no_tokenizer_is_told(saved, tmp_path):

@@ -84,12 +84,23 @@ def test_a_damaged_file_is_named_and_removed(folder, name, damage):
     assert kept_files.verify(folder) == []
 
 
-def test_bytes_that_changed_behind_an_unchanged_time_are_seen_when_asked(folder):
-    path = folder / KEPT[0]
+@pytest.mark.parametrize("name", KEPT)
+def test_bytes_that_changed_behind_an_unchanged_time_are_seen(folder, name):
+    path = folder / name
     flip(path, keep_time=True)
-    assert kept_files.verify(folder) == []
-    (line,) = kept_files.verify(folder, thorough=True)
+    (line,) = kept_files.verify(folder)
     assert str(path) in line and not path.exists()
+
+
+def test_beyond_so_many_bytes_they_are_seen_when_asked(folder, monkeypatch):
+    small, large = folder / "measurements/row.json", folder / KEPT[0]
+    monkeypatch.setattr(kept_files, "_HASHED", large.stat().st_size - 1)
+    for path in (small, large):
+        flip(path, keep_time=True)
+    (line,) = kept_files.verify(folder)
+    assert str(small) in line and large.exists()
+    (line,) = kept_files.verify(folder, thorough=True)
+    assert str(large) in line and not large.exists()
 
 
 def test_a_touched_file_is_hashed_and_stays(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import yaml
 
 from dfrot_lab import cli, profiles
 
-FILE = Path(__file__).parents[1] / "cluster" / "kubernetes" / "job.yaml"
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "cluster" / "kubernetes" / "job.yaml"
 
 
 @pytest.fixture
@@ -38,6 +40,27 @@ def test_everything_it_writes_to_is_on_the_volume(job):
     written = [container["workingDir"], *(v["value"] for v in container["env"])]
     assert all(Path(p).is_relative_to(mount["mountPath"]) for p in written)
     assert {v["name"] for v in container["env"]} == {"DFROT_CACHE", "HF_HOME"}
+
+
+def test_the_image_has_what_is_installed_where_the_job_mounts_the_checkout(job):
+    """Editable, so that what runs is the code on the volume."""
+    text = FILE.with_name("Dockerfile").read_text().replace("\\\n", "")
+    steps = [line.split() for line in text.splitlines() if line and line[0] != "#"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert ["WORKDIR", container["volumeMounts"][0]["mountPath"]] in steps
+    copied = [name for step in steps if step[0] == "COPY" for name in step[1:-1]]
+    assert all((ROOT / name).exists() for name in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {
+        project["project"]["readme"],
+        *project["project"]["license-files"],
+        "requirements.lock",
+    }
+    needed |= {Path(p).parts[0] for p in project["tool"]["setuptools"]["package-dir"].values()}
+    assert needed | {"pyproject.toml"} == set(copied)
+    assert any(step[0] == "RUN" and step[-2:] == ["-e", "."] for step in steps)
+    version = next(step[1] for step in steps if step[0] == "FROM").partition(":")[2].split("-")[0]
+    assert f"Programming Language :: Python :: {version}" in project["project"]["classifiers"]
 
 
 def test_the_api_knows_every_key(job):

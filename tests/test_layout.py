@@ -30,6 +30,19 @@ def test_the_command_line_starts_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize("profile", ["smoke", "paper"])
+def test_a_packaged_profile_is_checked_without_torch(profile):
+    """By every job of a batch, that is: torch would take seconds and a quarter of a gigabyte each time."""
+    code = (
+        "import sys; from pathlib import Path; from dfrot_lab import notebooks\n"
+        f"notebooks.check_profile({profile!r}, Path('notebooks'))\n"
+        "for file in Path('notebooks').glob('[0-9]*.ipynb'):\n"
+        f"    notebooks.resolve(file, {profile!r}, {{}})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_environment_yml_repeats_nothing_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stated = {d.split(";")[0].split(">")[0].split("=")[0].strip() for d in project["dependencies"]}

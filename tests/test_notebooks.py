@@ -76,6 +76,7 @@ def test_runs_from_the_notebooks_folder(tmp_path):
         (("--profile", "huge"), "profile 'huge' is unknown"),
         (("-p", "corpus", "/nowhere.txt"), "unknown corpus '/nowhere.txt'"),
         (("-p", "seeds", "[0, x]"), "parameter seeds[1] = 'x' is not of type int"),
+        (("-p", "bits", "17-4-16"), "parameter bits = '17-4-16': each is 2 to 16"),
     ],
 )
 def test_bad_parameters_are_one_line_and_nothing_runs(arguments, message, tmp_path):
@@ -93,16 +94,14 @@ def test_an_unknown_notebook_lists_the_known_ones():
 
 
 def test_a_failing_notebook_is_kept_and_named(tmp_path):
-    done = lab(
-        "run", "02", "--profile", "smoke", "--folder", tmp_path, "-p", "site", "layers.77.mlp"
-    )
+    done = lab("run", "02", "--profile", "smoke", "--folder", tmp_path, "-p", "seqlen", 7654321)
     assert done.returncode != 0
-    assert "site 'layers.77.mlp' is unknown" in done.stderr
+    assert "7654321 needed" in done.stderr
     executed = tmp_path / "02_ro_vs_rh_error" / "notebook.failed.ipynb"
     assert str(executed) in done.stderr
-    assert "layers.77.mlp" in executed.read_text()
+    assert "7654321 needed" in executed.read_text()
     assert sorted(p.name for p in executed.parent.iterdir()) == [executed.name]
-    assert "LabError" not in done.stderr and "ActivationsError" not in done.stderr
+    assert "CorpusError" not in done.stderr
 
 
 def test_too_short_a_corpus_is_refused(tmp_path):

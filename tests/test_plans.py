@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dfrot_lab import models, plans, profiles
+from dfrot_lab import models, plans, profiles, speeds
+from dfrot_lab.speeds import Speed
 
 ROOT = Path(__file__).parents[1]
-SPEED = plans.Speed(window=8.0, build=3.0, rtn=10.0, refine=11.0, gptq=30.0, hessian=9.0)
+SPEED = Speed(window=8.0, build=3.0, rtn=10.0, refine=11.0, gptq=30.0, hessian=9.0)
 
 
 @pytest.mark.parametrize("kind", models.ARCHITECTURES)
@@ -33,12 +34,21 @@ def test_a_model_of_the_shape_is_the_model_but_for_its_layers(kind):
 
 def test_layers_are_extrapolated_from_what_the_second_adds(monkeypatch):
     monkeypatch.setattr(
-        plans, "_timed", lambda c, layers, *_: (1 + layers, 2 * layers, 5, layers, 0)
+        speeds, "_timed", lambda c, layers, *_: (1 + layers, 2 * layers, 5, layers, 0)
     )
-    monkeypatch.setattr(plans, "_refining", lambda d, rows, iterations, device: rows)
+    monkeypatch.setattr(speeds, "_refining", lambda d, rows, iterations, clock: rows)
     config = models.tiny("llama", layers=7).config
-    common = profiles.load("smoke")["common"] | {"seqlen": 10, "calibration": 3, "rows": 0.5}
-    assert plans.measure(config, common) == plans.Speed(8, 14, 5, 2 * 7 * 10 * 3 * 0.5, 7, 0)
+    common = profiles.load("smoke")["common"]
+    assert speeds.measure(config, common, 210.0) == Speed(8, 14, 5, 210.0, 7, 0)
+
+
+def test_the_refinement_is_timed_for_the_rows_that_are_used(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(speeds, "measure", lambda *a: asked.append(a[2]) or SPEED)
+    changed = "base: smoke\ncommon: {seqlen: 10, calibration: 3, rows: 0.5}\n"
+    (tmp_path / "p.yml").write_text(changed)
+    plans.plan(str(tmp_path / "p.yml"), models.tiny("llama", layers=7).config)
+    assert asked == [2 * 7 * 10 * 3 * 0.5]
 
 
 @pytest.mark.parametrize("profile", profiles.names())
@@ -103,10 +113,13 @@ def test_more_windows_seeds_and_slower_machines_take_longer(tmp_path):
 
 
 @pytest.mark.parametrize("kind", models.ARCHITECTURES)
-def test_every_part_is_timed_on_the_tiny_models(kind):
+def test_every_part_is_timed_on_the_tiny_models(kind, capsys):
     common = profiles.load("smoke")["common"]
-    found = plans.measure(models.tiny(kind).config, common)
+    found = speeds.measure(models.tiny(kind).config, common, 384)
     assert all(seconds > 0 for seconds in vars(found).values())
+    told = capsys.readouterr().err
+    assert f"{speeds.PARTS}/{speeds.PARTS}" in told  # every part of the bar is one that is timed
+    assert "refinement: SVD" in told
 
 
 def test_the_whole_split_counts_as_many_windows(tmp_path):

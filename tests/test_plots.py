@@ -467,66 +467,60 @@ def _objectives(infinite: bool) -> dict:
 
 def _zero_shot(seeds, infinite: bool) -> dict:
     names, tasks = ("FP", "NR", "RO", "RH", "DFRot(RH)"), ("last_word", "continuation")
-    every = (*tasks, "mean of tasks")
+    settings = {"4-4-16": len(seeds), "4-4-4": 1}
 
-    def cell(mean, half):
-        if infinite:
-            return {"mean": "nan", "low": "nan", "high": "nan", "sd": "nan"}
-        return {"mean": mean, "low": mean - half, "high": mean + half, "sd": 0.01}
-
-    table = [
-        {"bits": b, "rotation": n, "task": t, "seeds": len(seeds)}
-        | {
-            "correct": cell(0.55 - 0.05 * i, 0.03),
-            "logp": {"mean": -3.0 - i, "low": -3.5 - i, "high": -2.5 - i, "sd": 0.1},
+    def cell(mean, half, n, finite=True):
+        if not finite:
+            return dict.fromkeys(("mean", "low", "high", "sd"), "nan") | {"by_seed": ["nan"] * n}
+        by_seed = [mean + half * (s - (n - 1) / 2) / 3 for s in range(n)]
+        return {"mean": mean, "low": mean - half, "high": mean + half, "sd": 0.01} | {
+            "by_seed": by_seed
         }
-        for b in ("4-4-16", "4-4-4")
-        for i, n in enumerate(names)
-        for t in every
-    ]
-    pairs = (("RH", "RO"), ("DFRot(RH)", "RH"), ("FP", "DFRot(RH)"))
+
+    def rows(about, correct, logp, n, finite=True):
+        about |= {"seeds": n}
+        return [
+            *(
+                about | {"task": t, "correct": cell(*correct, n), "logp": cell(*logp, n, finite)}
+                for t in tasks
+            ),
+            about | {"task": "mean of tasks", "correct": cell(*correct, n)},
+        ]
+
+    table, differences = [], []
+    for bits, count in settings.items():
+        for i, name in enumerate(names):
+            n = 1 if name in ("FP", "NR") else count
+            finite = not (infinite and name == "NR")
+            about = {"bits": bits, "rotation": name}
+            table += rows(about, (0.55 - 0.05 * i, 0.03), (-3.0 - i, 0.5), n, finite)
+        for a, b in (("RH", "RO"), ("DFRot(RH)", "RH"), ("FP", "DFRot(RH)")):
+            finite = not (infinite and b == "RO")
+            about = {"bits": bits, "a": a, "b": b}
+            differences += rows(about, (0.01, 0.02), (0.1, 0.05), count, finite)
+    about = {"metric": "acc", "items": 500, "tokens": 9000, "hash": "0", "version": "1.0"}
     return {
-        "tasks": [
-            {
-                "task": t,
-                "metric": "acc",
-                "items": 500,
-                "tokens": 9000,
-                "hash": "0",
-                "version": "1.0",
-            }
-            for t in tasks
-        ],
+        "tasks": [{"task": t} | about for t in tasks],
+        "averaged": list(tasks),
         "lm_eval": "0.4.13",
         "windows": 2,
         "models": [
             {"rotation": n, "seed": s, "bits": b, "method": "rtn"}
             | {"ppl": "inf" if infinite and n == "NR" else 20.0 + 5 * i + s}
-            | {"accuracy": 0.55 - 0.05 * i, "logp": -3.0 - i}
-            for b in ("4-4-16", "4-4-4")
+            | {"accuracy": 0.55 - 0.05 * i + 0.004 * s, "logp": dict.fromkeys(tasks, -3.0 - i)}
+            for b, count in settings.items()
             for i, n in enumerate(names)
-            for s in (seeds if n not in ("FP", "NR") else [0])
+            for s in range(1 if n in ("FP", "NR") else count)
             if n != "FP" or b == "4-4-16"
         ],
         "table": table,
-        "differences": [
-            {
-                "bits": b,
-                "a": x,
-                "b": y,
-                "task": t,
-                "correct": cell(0.01, 0.02),
-                "logp": cell(0.1, 0.05),
-            }
-            for b in ("4-4-16", "4-4-4")
-            for x, y in pairs
-            for t in every
-        ],
+        "differences": differences,
         "ranks": [
-            {"bits": b, "value": v, "methods": "nan" if infinite else 0.8, "models": 0.6, "n": 11}
-            | {"names": list(names)}
-            for b in ("4-4-16", "4-4-4")
-            for v in ("accuracy", "logp")
+            {"bits": b, "value": v, "task": t, "over": over, "names": list(names[first:])}
+            | {"methods": "nan" if infinite else 0.8, "models": 0.6, "n": 3 * count}
+            for b, count in settings.items()
+            for v, t in (("accuracy", "mean of tasks"), *(("logp", t) for t in tasks))
+            for over, first in (("all", 0), ("rotated", 2))
         ],
     }
 

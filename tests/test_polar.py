@@ -37,17 +37,40 @@ def test_it_is_the_nearest_rotation_at_any_conditioning(method, d, decades, seed
         assert relative(q, wanted) < 1e-14 * 10**decades + 1e-12
 
 
+def as_on_a_gpu(monkeypatch) -> None:
+    """On this CPU, products and then Newton before the SVD, each checked."""
+    order = polar._before_svd
+    monkeypatch.setattr(polar, "_before_svd", lambda device: order("cuda"))
+
+
+@pytest.mark.parametrize("method", ["polar", "products", "newton"])
 @pytest.mark.parametrize("decades", [0, 5.9, 10, 14])
-def test_the_fast_path_is_the_svd(monkeypatch, decades):
-    """As on a GPU, at a size where the products' own rounding would show."""
-    monkeypatch.setattr(polar, "LARGE", 0)
+def test_each_fast_path_is_the_svd(monkeypatch, decades, method):
+    """At a size where its own rounding would show."""
+    as_on_a_gpu(monkeypatch)
     m, wanted, _ = graded(300, decades, 4)
-    q = polar.polar(m)
+    q = getattr(polar, method)(m)
     assert rotations.orthogonality_error(q) < 1e-12
     assert (q * m).sum().item() == pytest.approx((polar.svd(m) * m).sum().item(), rel=1e-10)
     if decades < 6:
         assert (q - polar.svd(m)).abs().max() < 1e-8
         assert (q - wanted).abs().max() < 1e-8
+
+
+def test_a_gpu_takes_products_first_and_a_cpu_the_svd():
+    assert polar._before_svd("cuda") == (polar.products, polar.newton)
+    assert polar._before_svd("cpu") == ()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("decades", [0, 5.9, 10, 14])
+def test_a_gpu_finds_what_the_cpu_does(decades):
+    m, _, _ = graded(300, decades, 4)
+    found, wanted = polar.polar(m.cuda()).cpu(), polar.svd(m)
+    assert rotations.orthogonality_error(found) < 1e-12
+    assert (found * m).sum().item() == pytest.approx((wanted * m).sum().item(), rel=1e-10)
+    if decades < 6:
+        assert (found - wanted).abs().max() < 1e-8
 
 
 def test_a_least_singular_value_that_is_too_large_is_seen_and_lowered(monkeypatch):
@@ -63,10 +86,10 @@ def test_a_least_singular_value_that_is_too_large_is_seen_and_lowered(monkeypatc
     assert polar.residual(x) > 0.01  # what would have been returned unchecked
 
 
-@pytest.mark.parametrize("broken", [["newton"], ["products"], ["newton", "products"]])
+@pytest.mark.parametrize("broken", [["products"], ["products", "newton"], ["newton", "products"]])
 def test_a_method_that_fails_gives_way_to_the_next(monkeypatch, broken):
     m, wanted, _ = graded(20, 3, 2)
-    monkeypatch.setattr(polar, "LARGE", 0)
+    as_on_a_gpu(monkeypatch)
     for i, name in enumerate(broken):
         wrong = None if i else wanted @ haar(20, 9)  # orthogonal, and not the polar factor
         monkeypatch.setattr(polar, name, lambda m, wrong=wrong: wrong)
@@ -83,10 +106,11 @@ def test_every_singular_value_ends_at_one(least):
     assert np.abs(s - 1).max() < 1e-14
 
 
-@pytest.mark.parametrize("large", [0, 10**9])
+@pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("rank", [0, 1, 5])
-def test_a_singular_matrix_gets_a_rotation_that_is_optimal(monkeypatch, rank, large):
-    monkeypatch.setattr(polar, "LARGE", large)
+def test_a_singular_matrix_gets_a_rotation_that_is_optimal(monkeypatch, rank, gpu):
+    if gpu:
+        as_on_a_gpu(monkeypatch)
     u, v = haar(9, 1), haar(9, 2)
     m = u[:, :rank] @ v[:, :rank].mT
     q = polar.polar(m)

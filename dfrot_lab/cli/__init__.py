@@ -10,7 +10,7 @@ import errno
 
 import click
 
-from dfrot_lab import __version__
+from dfrot_lab import __version__, profiles
 from dfrot_lab.cli.exports import export, import_rotation
 from dfrot_lab.cli.quantized import evaluate, generate, quantize
 from dfrot_lab.cli.results import gallery, publish, redraw, verify
@@ -21,7 +21,10 @@ __all__ = ["app"]
 
 
 class _Group(click.Group):
-    """Our own errors are one line for the user; anything else is a bug and keeps its traceback."""
+    """Our own errors are one line for the user; anything else is a bug and keeps its traceback.
+
+    Exit status: 2 for what is wrong in the command or its profile, as click has it; 1 for all else.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of use, as they were added; click sorts by name."""
@@ -32,6 +35,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
+        except profiles.ProfileError as error:
+            raise click.UsageError(str(error)) from error
         except OSError as error:
             raise click.ClickException(_os_error(error)) from error
         except Exception as error:

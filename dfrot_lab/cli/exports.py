@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from dfrot_lab import profiles
 from dfrot_lab.cli import options
+from dfrot_lab.presets import PRESETS
 
 __all__ = ["export", "import_rotation"]
 
@@ -117,36 +119,51 @@ def _write(write, model, revision, rotation, seed, r2, out, **how) -> None:
 @click.option("--gamma", type=float, default=100.0, help="Weight of massive rows.")
 @click.option("--seed", type=int, default=0, help="Of the start.")
 @click.option("--iterations", type=int, help="Override the profile's number.")
+@click.option(
+    "--preset", type=click.Choice(list(PRESETS)), help="Instead of --gamma and --iterations."
+)
 @click.option("--r2/--no-r2", default=True, help="Also the Hadamard R2 of a head.")
 @_out(".safetensors file")
+@click.pass_context
 def rotation(
-    profile, model, revision, corpus, folder, start, gamma, seed, iterations, r2, out
+    ctx, profile, model, revision, corpus, folder, start, gamma, seed, iterations, preset, r2, out
 ) -> None:
     """R1 (and R2) alone, refined now or taken from FOLDER, with all that it was made for."""
+    by_hand = [n for n in ("gamma", "iterations")
+               if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]  # fmt: skip
+    if preset and by_hand:
+        raise click.UsageError(
+            f"--preset settles --{', --'.join(by_hand)}: leave one or the other out"
+        )
     from dfrot_lab import checkpoints, models, rotations
     from dfrot_lab.exports import rotation_files, sources
+    from dfrot_lab.rotation_files import load
 
     if out.exists():
         raise sources.ExportError(f"{out} exists: choose another file, or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
     lab = options.lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
     with sources.opened(lab.model, revision, near=out.parent) as source:
-        default = getattr(models.load_config(lab.model), "_commit_hash", None)
+        default = models.commit(lab.model)
         if revision and source.revision != default:
             raise sources.ExportError(
                 f"revision = {revision!r} is {source.revision}, and R1 is refined on {default}: fetch that "
                 "revision into a folder and give it as --model"
             )
-        about = {"revision": source.revision, "fingerprint": source.fingerprint}
-        size = checkpoints.head_dim(source.folder)
-    path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma)
-    r1, known = rotations.load(path)
-    about |= sources.short(known) | {"calibration_tokens": lab.inputs["calibration_tokens"]}
+        owner, (d, size) = source.owner, checkpoints.sizes(source.folder)
+    if preset:
+        path, lab = PRESETS[preset].rotation_file(lab, seed, start), PRESETS[preset].lab(lab)
+    else:
+        path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma)
+    found = load(path, owner, d, size)
+    about = {"preset": preset} if preset else {}
+    about |= sources.short(found.about)
+    about |= {"calibration_tokens": lab.inputs["calibration_tokens"]}
     second = None
     if r2:
         second = rotations.random_hadamard(size)
         about["R2"] = {"rotation": "RH", "seed": 0}
-    click.echo(rotation_files.write(out, r1, second, about))
+    click.echo(rotation_files.write(out, found.R1, second, about))
 
 
 @click.command("import-rotation", context_settings=_GROUP)

@@ -57,12 +57,13 @@ def home(profile: str) -> Path:
     return Path("results") / Path(profile).stem
 
 
-def check(profile: str, model: str | None = None) -> None:
-    """What is wrong with the profile or the model's folder is told before anything starts."""
-    from dfrot_lab import model_folders, notebooks
+def check(profile: str, model: str | None = None, corpus: str | None = None) -> None:
+    """What is wrong with profile, model's folder or corpus is told before anything starts."""
+    from dfrot_lab import model_folders, notebooks, values
 
     notebooks.check_profile(profile, project_root() / "notebooks")
     model_folders.check(model or profiles.load(profile)["common"].get("model"))
+    values.check(corpus=corpus)
 
 
 def lab(profile: str, folder: Path | None, **given):
@@ -70,7 +71,7 @@ def lab(profile: str, folder: Path | None, **given):
 
     Another model or corpus gets a folder of its own, so that the profile's artefacts stay.
     """
-    check(profile, given.get("model"))
+    check(profile, given.get("model"), given.get("corpus"))
     from dfrot_lab.lab import Lab
 
     known = {f.name for f in fields(Lab)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dfrot_lab import __version__
+from dfrot_lab import __version__, values
 from dfrot_lab.cli import options
 
 __all__ = ["evaluate", "generate", "quantize"]
@@ -28,6 +28,7 @@ def quantize(profile, model, corpus, rotation, gamma, bits, method, seed, folder
     """
     from dfrot_lab import quantized_folder
 
+    values.check(rotation=rotation, gamma=gamma, bits=bits)
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
     if out.exists():
         raise click.ClickException(f"{out} exists: choose another folder, or delete it")
@@ -66,16 +67,17 @@ def evaluate(
     from dfrot_lab import files, scores
     from dfrot_lab.zero_shot import OFFLINE
 
-    if windows < 0:
-        raise click.ClickException(f"windows = {windows} is negative: use 0 or more")
+    names = list(rotation) or ["FP", "RO", "RH", "DFRot(RH)"]
+    rotated = [name for name in names if name != "FP"]
+    values.check(rotation=rotated, gamma=gamma, bits=bits, windows=windows, items=items)
     tasks = list(dict.fromkeys([*(OFFLINE if zero_shot else ()), *task]))
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
     if quantized:
         rows = [scores.of_folder(lab, quantized, windows=windows, tasks=tasks, items=items)]
     else:
         rows = scores.measured(
-            lab, list(rotation) or ["FP", "RO", "RH", "DFRot(RH)"], seed, bits=bits,
-            method=method, gamma=gamma, windows=windows, tasks=tasks, items=items,
+            lab, names, seed, bits=bits, method=method, gamma=gamma, windows=windows,
+            tasks=tasks, items=items,
         )  # fmt: skip
     if out:
         files.write_json(out, {"rows": rows, "about": lab.about})
@@ -94,7 +96,11 @@ def generate(prompt, profile, model, corpus, bits, method, seed, tokens, chat, f
     """Continue PROMPT greedily in floating point, with RH and with DFRot at 4 bits, side by side."""
     from dfrot_lab import side_by_side
 
+    values.check(bits=bits, tokens=tokens)
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
+    if lab.model.startswith("tiny:"):
+        told = f"model {lab.model!r} has random weights: what it writes means nothing"
+        click.echo(told, err=True)
     how = {"tokens": tokens, "bits": bits, "method": method, "seed": seed, "chat": chat}
     rows = side_by_side.texts(lab, prompt, **how)
     click.echo(side_by_side.columns(rows, shutil.get_terminal_size((100, 24)).columns))

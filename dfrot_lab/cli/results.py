@@ -119,6 +119,7 @@ def gallery(
     from dfrot_lab import experiments
     from dfrot_lab import gallery as sites
 
+    profiles.path(profile)  # an unknown one is told
     root = project_root()
     if experiment:
         profile = profile or experiments.default_profile(experiment, root)

@@ -39,11 +39,26 @@ def collect(
         click.echo(f"{len(x.sites)} sites × {x.X.shape[1]} tokens × {x.d} channels")
 
 
+class _Start(click.ParamType):
+    """RH, RO, or a .safetensors file that is there."""
+
+    name = "RH|RO|FILE"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in ("RH", "RO"):
+            return value
+        if not value.endswith(".safetensors"):
+            self.fail(f"{value!r} is not one of 'RH', 'RO', and no .safetensors file", param, ctx)
+        if not Path(value).is_file():
+            self.fail(f"{value} does not exist: make it with `dfrot-lab optimize`", param, ctx)
+        return value
+
+
 @click.command()
 @options.profile
 @options.model_and_corpus
 @click.option("--all", "every", is_flag=True, help="Every rotation the profile's notebooks share.")
-@click.option("--start", type=click.Choice(["RH", "RO"]), default="RH")
+@click.option("--start", type=_Start(), default="RH", help="Or the R1 of a .safetensors file.")
 @click.option(
     "--gamma", type=float, default=100.0, help="Weight of massive rows; inf for them alone."
 )
@@ -75,8 +90,9 @@ def optimize(
     solver, folder, out,
 ) -> None:  # fmt: skip
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
-    _refuse(ctx, every, preset, out)
-    from dfrot_lab import files, kept_files, rotations
+    warm = start not in ("RH", "RO")
+    _refuse(ctx, every, preset, warm, out)
+    from dfrot_lab import files, kept_files, rotations, warm_starts
 
     lab = options.lab(
         profile, folder, model=model, corpus=corpus, iterations=iterations, solver=solver
@@ -95,7 +111,11 @@ def optimize(
         return
     how = {"gamma": gamma, "form": form, "symmetric": symmetric}
     with kept_files.recording(lab.folder):
-        if preset:
+        if preset and warm:
+            path = warm_starts.by_preset(lab, start, PRESETS[preset])
+        elif warm:
+            path = warm_starts.rotation_file(lab, start, **how)
+        elif preset:
             path = PRESETS[preset].rotation_file(lab, seed, start)
         else:
             path = lab.rotation_file(f"DFRot({start})", seed, **how)
@@ -104,10 +124,13 @@ def optimize(
     click.echo(out or path)
 
 
-def _refuse(ctx: click.Context, every: bool, preset: str | None, out: Path | None) -> None:
+def _refuse(
+    ctx: click.Context, every: bool, preset: str | None, warm: bool, out: Path | None
+) -> None:
     """Options of `optimize` that contradict each other, told before any work."""
     by_hand = ["gamma", "form", "symmetric"]
     settled = {"preset": [*by_hand, "iterations"]} if preset else {}
+    settled |= {"start": ["seed"]} if warm else {}
     settled |= {"all": ["start", "seed", "preset", *by_hand]} if every else {}
     for one, others in settled.items():
         given = [n for n in others if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
@@ -123,17 +146,17 @@ def _refuse(ctx: click.Context, every: bool, preset: str | None, out: Path | Non
 @click.command()
 @click.argument("model")
 @click.option("--rotation", required=True, help="R1 as .safetensors, from `optimize`.")
-@click.option("--r2/--no-r2", default=True, help="Also the Hadamard R2 of every head.")
+@click.option(
+    "--r2/--no-r2", default=True, help="Also R2 of every head: the file's, or a Hadamard."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
 def merge(model: str, rotation: str, r2: bool, out: Path) -> None:
     """Merge R1 (and R2) into the safetensors checkpoint in folder MODEL, tensor by tensor.
 
     MODEL may also be 'demo' or a .gguf file: then its dequantized folder is read.
     """
-    from dfrot_lab import checkpoints, model_folders, rotation_files, rotations
+    from dfrot_lab import checkpoints, model_folders, rotation_files
 
-    r1 = rotation_files.load(rotation)
     source = model_folders.find(model)
-    size = checkpoints.head_dim(source) if r2 else None
-    both = rotations.Rotations(R1=r1, R2=rotations.random_hadamard(size) if size else None)
+    both = rotation_files.for_merging(rotation, model, source, r2=r2)
     click.echo(checkpoints.merge(source, out, both))

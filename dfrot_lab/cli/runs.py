@@ -64,6 +64,7 @@ def run(
 
 @click.command()
 @click.option("--profile", help="As elsewhere.  [default: the experiment's, else demo]")
+@options.folder
 @click.option("--cores", default="all", help="Number of cores, or 'all'.")
 @click.option("--memory", type=int, default=8000, help="MiB that all local jobs together may use.")
 @click.option("--gpus", type=int, default=1, help="GPUs that all local jobs together may use.")
@@ -73,9 +74,10 @@ def run(
 @click.option("--all", "every", is_flag=True, help="Every notebook.")
 @click.option("--experiment", help="Instead, the points of this grid in experiments.yml.")
 @click.option("--executor", default="local", help="local, slurm, or a Snakemake profile's folder.")
-@click.option("--check", is_flag=True, help="Hash every kept file first, not only changed ones.")
+@click.option("--check", is_flag=True, help="Hash kept files beyond 2 GB too.")
 def batch(
     profile: str | None,
+    folder: Path | None,
     cores: str,
     memory: int,
     gpus: int,
@@ -93,11 +95,14 @@ def batch(
         raise click.UsageError("--experiment has its own notebooks: leave out --only and --all")
     if experiment:
         profile = profile or experiments.default_profile(experiment, root)
-    options.check(profile or "demo")
     stems = [p.stem for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))]
     names = stems if every else [notebooks.find(name, root).stem for name in only]
-    how = {"gpus": gpus, "experiment": experiment, "executor": executor, "check": check}
-    raise SystemExit(batches.run(profile or "demo", root, cores, memory, names, **how))
+    raise SystemExit(
+        batches.run(
+            profile or "demo", root, cores, memory, names, folder=folder, gpus=gpus,
+            experiment=experiment, executor=executor, check=check,
+        )
+    )  # fmt: skip
 
 
 @click.command()
@@ -105,6 +110,8 @@ def batch(
 def plan(profile: str) -> None:
     """Say what `make figures` of a profile, and its other notebooks, will take; runs none of them."""
     options.check(profile)
+    told = f"timing one and two layers of the shape of {profiles.load(profile)['common']['model']!r} here"
+    click.echo(f"{told}: forward pass, quantizing, GPTQ, refinement", err=True)
     from dfrot_lab import plans
 
     click.echo("\n".join(plans.plan(profile).lines()))

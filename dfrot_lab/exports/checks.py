@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfrot_lab.exports.sources import ExportError
 
-__all__ = ["TOLERANCE", "compare", "logits", "plain", "tokens"]
+__all__ = ["TEXTS", "TOLERANCE", "compare", "logits", "plain", "recorded", "same_tokens", "tokens"]
 
 # largest difference of logits over the largest logit: what rounding the turned weights to their dtype does
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+# cut alike by every pre-tokenizer that is written here: no digits, line breaks or apostrophes
+TEXTS = (
+    "The capital of France is Paris, and the river there is the Seine.",
+    "  two spaces at first,   three inside; then: punctuation ... (and more) !",
+    "Grüße aus Köln — una canción, un café naïf",
+    "日本語の文章 и русский текст",
+)
 
 
 def tokens(words: int, shape: tuple[int, int] = (2, 24), seed: int = 0) -> Tensor:
@@ -35,6 +43,34 @@ def plain(folder: Path, **options) -> nn.Module:
         folder, **{"dtype": torch.float32} | options
     )
     return model.eval().requires_grad_(False)
+
+
+def recorded(folder: Path, about: dict[str, Any], what: object) -> None:
+    """ExportError unless config.json, which got the record `about` after the weights were checked, holds it
+    for transformers, and still describes a causal language model.
+    """
+    import transformers
+
+    found = transformers.AutoConfig.from_pretrained(folder)
+    merged = getattr(found, "dfrot_merged", None) or []
+    known = getattr(found, "dfrot_export", None) or {}
+    if merged != about["merged"] or known.get("fingerprint") != about["fingerprint"]:
+        raise ExportError(
+            f"{what}: its config.json says {merged} merged where {about['merged']} are, or has lost "
+            "dfrot_export; it was deleted, please report this"
+        )
+
+
+def same_tokens(ours: Any, theirs: Any, what: object) -> int:
+    """How many of `TEXTS` two tokenizers were given; ExportError for one that they cut into other ids."""
+    for text in TEXTS:
+        wanted, found = (t(text, add_special_tokens=False)["input_ids"] for t in (ours, theirs))
+        if found != wanted:
+            raise ExportError(
+                f"{what} cuts {text!r} into tokens {found[:8]}… where the model has {wanted[:8]}…; it was "
+                "deleted, please report this"
+            )
+    return len(TEXTS)
 
 
 def compare(found: Tensor, wanted: Tensor, dtype: str, what: object) -> float:

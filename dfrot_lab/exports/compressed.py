@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dfrot_lab import files, models, quantized_model
-from dfrot_lab.exports import checks, huggingface
+from dfrot_lab.exports import checks, huggingface, workplaces
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 from dfrot_lab.linears import InputQuantizer, QuantLinear, grid
 from dfrot_lab.quantized_model import ModelSpec
@@ -72,9 +71,7 @@ def write(
             raise ExportError(f"{name}: codes times steps are not its weight; please report this")
         weight.copy_(again)
     wanted = checks.logits(_as_declared(built) if symmetric else built)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
-    try:
+    with workplaces.beside(target) as work:
         folder = work / "model"
         lm = _unquantized(built, quantized)
         lm.config = config
@@ -97,9 +94,8 @@ def write(
         about["merged"] = about["merged"] or ["gains"]
         written = files.read_json(folder / "config.json") | {"dfrot_export": about}
         files.write_json(folder / "config.json", written | {"dfrot_merged": about["merged"]})
+        checks.recorded(folder, about, target)
         os.replace(folder, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return about
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dfrot_lab import checkpoints
-from dfrot_lab.exports import checks, huggingface, vocabularies
+from dfrot_lab.exports import checks, huggingface, vocabularies, workplaces
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 
 __all__ = ["DTYPES", "reorder", "write"]
@@ -42,8 +40,10 @@ def write(
 
     dtype: of matrices; gains and biases are always F32. pre, vocabulary: see `vocabularies.add`. The
     record stands under `dfrot.record`, what was merged under `dfrot.merged`. Before the file takes its
-    place transformers' own GGUF reader loads it, and logits are compared. Raises ExportError for an
-    architecture, rotary scaling or vocabulary that cannot be written so, and for a file that is wrong.
+    place transformers' own GGUF reader loads it, and logits are compared, and the ids that its tokenizer
+    gives for a few texts (not with `pre`: only llama.cpp knows what that name means); both are told as
+    `verified` and by `dfrot.verified.…`. Raises ExportError for an architecture, rotary scaling or
+    vocabulary that cannot be written so, and for a file that is wrong.
     """
     target = Path(target)
     if target.exists():
@@ -51,9 +51,7 @@ def write(
     if dtype not in DTYPES:
         raise ExportError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
     shape = _Shape(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
-    try:
+    with workplaces.beside(target) as work:
         folder = source.folder
         if recipe.parts:
             folder = checkpoints.merge(source.folder, work / "model", recipe.rotations)
@@ -63,10 +61,11 @@ def write(
         _write(partial, folder, shape, dtype, about, source, pre, vocabulary)
         coarse = "float16" if dtype == "F16" else huggingface.stored_dtype(folder)
         wanted = checks.logits(checks.plain(source.folder))
-        checks.compare(_read(partial, shape, folder), wanted, coarse, target)
+        error = checks.compare(_read(partial, shape, folder), wanted, coarse, target)
+        texts = _same_tokens(partial, source, target) if vocabulary and pre is None else 0
+        about |= {"verified": {"logits": error, "texts": texts}}
+        _tell(partial, about["verified"])
         os.replace(partial, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return about
 
 
@@ -165,6 +164,8 @@ def _write(path, folder, shape, dtype, about, source, pre, vocabulary) -> None:
         if about["merged"]:
             writer.add_array("dfrot.merged", about["merged"])
         writer.add_string("dfrot.record", json.dumps(about, sort_keys=True))
+        writer.add_float64("dfrot.verified.logits", math.nan)  # until `_tell`
+        writer.add_uint32("dfrot.verified.texts", 0)
         vocabularies.add(writer, source, shape.config.vocab_size, pre=pre, wanted=vocabulary)
         for name, w in _tensors(folder, shape, dtype):  # twice: sizes stand before values
             writer.add_tensor_info(name, w.shape, w.dtype, w.nbytes)
@@ -190,3 +191,21 @@ def _read(path: Path, shape: _Shape, folder: Path) -> Tensor:
         if abs(ours - theirs) > 1e-6 * ours:
             raise ExportError(f"{name} was written as {theirs} and is {ours}: please report this")
     return checks.logits(model)
+
+
+def _same_tokens(path: Path, source: Source, target: Path) -> int:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return checks.same_tokens(AutoTokenizer.from_pretrained(source.folder), theirs, target)
+
+
+def _tell(path: Path, verified: dict[str, Any]) -> None:
+    """Put what was found into the places kept for it in the written file."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path, "r+")
+    for name, value in verified.items():
+        field = reader.get_field(f"dfrot.verified.{name}")
+        field.parts[field.data[0]][0] = value
+    reader.data.flush()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from dfrot_lab import checkpoints, files
-from dfrot_lab.exports import checks
+from dfrot_lab.exports import checks, workplaces
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 
 __all__ = ["merged", "stored_dtype", "write"]
@@ -26,9 +25,7 @@ def write(source: Source, target: str | Path, recipe: Recipe) -> dict[str, Any]:
     target = Path(target)
     if target.exists():
         raise ExportError(f"{target} exists: choose another folder, or delete it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
-    try:
+    with workplaces.beside(target) as work:
         folder = merged(source, work / "model", recipe)
         dtype = stored_dtype(folder)
         wanted = checks.logits(checks.plain(source.folder))
@@ -36,9 +33,8 @@ def write(source: Source, target: str | Path, recipe: Recipe) -> dict[str, Any]:
         about = record(source, recipe) | {"verified": {"logits": error}}
         config = files.read_json(folder / "config.json") | {"dfrot_export": about}
         files.write_json(folder / "config.json", config)
+        checks.recorded(folder, about, target)
         os.replace(folder, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return about
 
 

@@ -1,12 +1,11 @@
 """Source: the checkpoint an export starts from, and the rotation that may be merged into it.
 
-A rotation belongs to one model at one revision. Its file says which, by name and by `fingerprint`; an
-export refuses any other, and a checkpoint that is rotated or quantized already.
+A rotation belongs to one model at one revision (`dfrot_lab.owners`); an export refuses any other, and a
+checkpoint that is rotated or quantized already.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from dfrot_lab import assets, checkpoints, files, models, rotations
+from dfrot_lab import assets, checkpoints, files, models, rotation_files, rotations
+from dfrot_lab.exports import workplaces
+from dfrot_lab.owners import Owner, fingerprint
 from dfrot_lab.rotations import Rotations
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "short",
 ]
 
-NUMBERS = 64  # of the first and of the last row of a tensor, in its fingerprint
 LEFT_OUT = {
     "R3": "an online Hadamard on queries and keys, before a quantized KV cache",
     "R4": "an online Hadamard before down_proj, which no plain linear layer holds",
@@ -70,8 +68,13 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """See `fingerprint`."""
+        """See `owners.fingerprint`."""
         return fingerprint(self.folder)
+
+    @property
+    def owner(self) -> Owner:
+        """Whose rotations may be merged into it."""
+        return Owner(self.model, self.revision, self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
     """The safetensors checkpoint of `model` (see `models.load`) as a folder; a copy goes afterwards.
 
     near: where a copy is made, for models that lie in another form. Raises ExportError for a revision
-    where there is none, a quantized checkpoint or a GGUF that was rotated, ModelError as `models.load`.
+    where there is none and a quantized checkpoint, ModelError as `models.load`.
     """
     path = Path(model)
     hub = not path.exists() and "/" in model
@@ -112,20 +115,18 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
         yield _checked(_from_hub(model, revision))
     else:
         gguf = assets.path("smollm2") if model == "demo" else path if path.is_file() else None
-        _refuse_rotated(gguf)
-        with tempfile.TemporaryDirectory(prefix=".partial-source-", dir=near) as name:
+        with workplaces.beside((near or Path(tempfile.gettempdir())) / "source") as work:
             lm = models.load(model, fold=False)
-            lm.save_pretrained(name)
-            models.load_tokenizer(model).save_pretrained(name)
+            lm.save_pretrained(work / "model")
+            models.load_tokenizer(model).save_pretrained(work / "model")
             del lm
-            yield _checked(Source(Path(name), model, gguf and files.sha256(gguf), gguf))
+            yield _checked(Source(work / "model", model, gguf and files.sha256(gguf), gguf))
 
 
 def _from_hub(model: str, revision: str | None) -> Source:
-    config = models.load_config(model, revision=revision)  # says plainly what is wrong
+    commit = models.commit(model, revision)  # says plainly what is wrong
     from huggingface_hub import snapshot_download
 
-    commit = getattr(config, "_commit_hash", None) or revision
     kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     return Source(
         Path(snapshot_download(model, revision=commit, allow_patterns=kinds)), model, commit
@@ -134,6 +135,7 @@ def _from_hub(model: str, revision: str | None) -> Source:
 
 def _checked(source: Source) -> Source:
     checkpoints.head_dim(source.folder)  # a folder without a config.json is told there
+    models.check_plain(source.config, source.model)
     if "quantization_config" in source.config:
         raise ExportError(
             f"{source.model} is quantized already: export the floating-point checkpoint it was made of"
@@ -141,95 +143,29 @@ def _checked(source: Source) -> Source:
     return source
 
 
-def _refuse_rotated(gguf: Path | None) -> None:
-    """What a GGUF says of its rotation does not survive its dequantization: look before."""
-    if gguf is None:
-        return
-    from gguf import GGUFReader
-
-    done = GGUFReader(gguf).get_field("dfrot.merged")
-    if done is not None and len(done.data):
-        raise ExportError(
-            f"{gguf} holds a rotated model ({', '.join(done.contents())} merged): take the original"
-        )
-
-
-@torch.no_grad()
-def fingerprint(folder: str | Path) -> str:
-    """SHA-256 over every tensor's name, shape, and ends of its first and last row, read as fp32.
-
-    It tells models, fine-tunings and revisions apart from a few kilobytes of a checkpoint of any size,
-    however it is cut into shards.
-    """
-    parts = {}
-    for shard in checkpoints.shards(folder):
-        with safe_open(Path(folder) / shard, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 (no mapping)
-                part = f.get_slice(name)
-                ends = [part[:1].flatten(), part[-1:].flatten()]
-                if len(part.get_shape()) == 1:
-                    ends = [part[:NUMBERS]]
-                numbers = torch.cat([e[:NUMBERS] for e in ends]).float()
-                parts[name] = f"{name}{part.get_shape()}".encode() + numbers.numpy().tobytes()
-    digest = hashlib.sha256()
-    for name in sorted(parts):
-        digest.update(parts[name])
-    return digest.hexdigest()
-
-
 def recipe(rotation: str, source: Source, *, seed: int = 0, r2: bool = True) -> Recipe:
     """What to merge into `source`: NR, RO, RH or RH2 by name, or a .safetensors file with R1 (and R2).
 
     r2: also turn the values of every head, by the file's R2 or a random Hadamard of seed 0. Raises
-    RotationError for a file that does not fit, is not for this model or this revision, or names none,
-    and for a checkpoint that was rotated before.
+    RotationError for a checkpoint that was rotated before, and as `rotation_files.load` for a file that
+    does not fit, or is not for this model or this revision.
     """
     if rotation == "NR":
         return Recipe()
-    if {"R1", "R2"} & set(source.merged):
-        raise rotations.RotationError(
-            f"{source.model} is rotated already ({', '.join(source.merged)} merged): take the original, "
-            "or export it as it is with rotation NR"
-        )
+    rotations.refuse_rotated(source.merged, source.model)
     d, size = source.config["hidden_size"], checkpoints.head_dim(source.folder)
     own, about = None, {}
     if rotation in rotations.START:
         r1 = rotations.START[rotation](d, seed)
         about = {"R1": {"rotation": rotation, "seed": seed}}
     else:
-        r1, known = rotations.load(rotation, d)
-        _belongs(rotation, known, source)
-        own = _second(rotation, size)
-        about = {"R1": short(known) | {"file_sha256": files.sha256(rotation)}}
+        found = rotation_files.load(rotation, source.owner, d, size)
+        r1, own = found.R1, found.R2
+        about = {"R1": short(found.about) | {"file_sha256": files.sha256(rotation)}}
     if r2:
         about["R2"] = {"rotation": "RH", "seed": 0} if own is None else {"file": "as R1"}
         own = rotations.random_hadamard(size) if own is None else own
     return Recipe(R1=r1, R2=own if r2 else None, about=about)
-
-
-def _second(path: str, size: int) -> Tensor | None:
-    with safe_open(path, framework="pt") as f:
-        if "R2" not in f.keys():  # noqa: SIM118
-            return None
-        return rotations.check(f.get_tensor("R2"), size, f"R2 in {path}")
-
-
-def _belongs(path: str, known: dict[str, Any], source: Source) -> None:
-    """A fingerprint decides where the file has one; else the revision and the model's name."""
-    pairs = [("revision", source.revision), ("model", source.model)]
-    if "fingerprint" in known:
-        pairs = [("fingerprint", source.fingerprint)]
-    for name, ours in pairs:
-        if None not in (known.get(name), ours) and known[name] != ours:
-            raise rotations.RotationError(
-                f"{path} was made for {known.get('model')!r}: its {name} is {known[name]}, that of "
-                f"{source.model!r} is {ours}; use a rotation made for this model and revision"
-            )
-    if known.get("model") is None:
-        raise rotations.RotationError(
-            f"{path} names no model, so that nobody can tell whether it belongs to {source.model!r}: make "
-            "it with `dfrot-lab optimize`, `dfrot-lab export rotation` or `dfrot-lab import-rotation`"
-        )
 
 
 def short(known: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ NOTEBOOK = "10_zero_shot"
 ORDER = ("FP", "NR", "RO", "RH", "DFRot(RH)")
 MARK = MARKER | {"FP": "P"}
 BOTH = "mean of tasks"
+SHADES = ("0.1", "0.55", "0.75")
 VALUES = {"correct": "accuracy [%]", "logp": "log-probability\nof the target [nats]"}
 
 
@@ -38,12 +40,38 @@ def _scaled(r: dict[str, Any], value: str) -> np.ndarray:
     )
 
 
+def _seeds(result: dict[str, Any]) -> str:
+    """'4-4-16: 3 seeds, 4-4-4: 1 seed', of the rotated methods."""
+    most = {
+        b: max(r["seeds"] for r in result["table"] if r["bits"] == b) for b in _settings(result)
+    }
+    return ", ".join(f"{bits}: {style.count(n, 'seed')}" for bits, n in most.items())
+
+
+def _apart(result: dict[str, Any]) -> str:
+    apart = [t["task"] for t in result["tasks"] if t["task"] not in result["averaged"]]
+    return f" (without {', '.join(apart)}, as in the paper)" if apart else ""
+
+
+def _sd(r: dict[str, Any]) -> str:
+    """' ± 0.6', the sd of accuracy over seeds; nothing for one seed."""
+    sd = 100 * float(array(r["correct"]["sd"]))
+    return f" ± {number(sd, 1)}" if r["seeds"] > 1 and np.isfinite(sd) else ""
+
+
+def _by_seed(r: dict[str, Any], value: str) -> np.ndarray:
+    """The mean of each seed, accuracies in percent; none where there is one seed."""
+    found = array(r[value]["by_seed"]) * (100 if value == "correct" else 1)
+    return found if len(found) > 1 else found[:0]
+
+
 def _accuracy_numbers(result: dict[str, Any]) -> dict[str, Any]:
     told = []
     for bits in _settings(result):
         rows = [r for r in result["table"] if r["bits"] == bits and r["task"] == BOTH]
         parts = [
-            f"{style.label(r['rotation'])} {number(_scaled(r, 'correct')[0], 1)} %" for r in rows
+            f"{style.label(r['rotation'])} {number(_scaled(r, 'correct')[0], 1)}{_sd(r)}"
+            for r in rows
         ]
         told.append(f"{bits}: " + ", ".join(parts))
     return {
@@ -52,23 +80,15 @@ def _accuracy_numbers(result: dict[str, Any]) -> dict[str, Any]:
             f"{t['task']} ({t['metric']}, {t['items']} items)" for t in result["tasks"]
         ),
         "harness": result["lm_eval"],
-        "seeds": style.count(max(r["seeds"] for r in result["table"]), "seed"),
+        "seeds": _seeds(result),
+        "apart": _apart(result),
     }
 
 
 @figure(NOTEBOOK, _accuracy_numbers)
 def zero_shot_accuracy(result: dict[str, Any]) -> Figure:
-    """A column a task, accuracy above the target's log-probability; methods by colour, bits side by side."""
-    tasks, settings = _tasks(result), _settings(result)
-    many = len(tasks) > 4
-    fig = style.new(PAGE, 4.6 if many else 4.0)
-    axes = fig.subplots(2, len(tasks), squeeze=False, sharex=True, sharey="row" if many else False)
-    for column, task in enumerate(tasks):
-        for ax, value in zip(axes[:, column], VALUES, strict=True):
-            _methods(ax, result, task, value, settings)
-        axes[0, column].set_title(task.replace("_", " "), fontsize=6 if many else None)
-    for ax, text in zip(axes[:, 0], VALUES.values(), strict=True):
-        ax.set_ylabel(text)
+    """A panel a task, accuracies above the target's log-probabilities; methods by colour."""
+    fig = _panels(result, 1.7, _methods)
     handles = [
         Line2D([], [], ls="", marker=MARK[n], color=COLOUR[n], label=style.label(n)) for n in ORDER
     ]
@@ -76,8 +96,27 @@ def zero_shot_accuracy(result: dict[str, Any]) -> Figure:
     return fig
 
 
-def _methods(ax: Axes, result: dict[str, Any], task: str, value: str, settings: list[str]) -> None:
-    shown = []
+def _panels(result: dict[str, Any], height: float, draw: Callable[..., None]) -> Figure:
+    """draw(axes, result, task, value, whether it is the first of its line) for every task and value."""
+    tasks = _tasks(result)
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)  # of accuracies, and as many of log-probabilities
+    fig = style.new(PAGE, height * 2 * lines + 0.5)
+    axes = fig.subplots(2 * lines, columns, squeeze=False)
+    for value, block in zip(VALUES, (axes[:lines], axes[lines:]), strict=True):
+        for k, ax in enumerate(block.ravel()):
+            if k < len(tasks) and (tasks[k], value) != (BOTH, "logp"):
+                draw(ax, result, tasks[k], value, k % columns == 0)
+                ax.set_title(tasks[k].replace("_", " "))
+                continue
+            ax.axis("off")
+            if k < len(tasks):
+                style.note(ax, "no mean: targets\nof unlike lengths")
+    return fig
+
+
+def _methods(ax: Axes, result: dict[str, Any], task: str, value: str, first: bool) -> None:
+    settings, shown = _settings(result), []
     for i, bits in enumerate(settings):
         rows = {
             r["rotation"]: r for r in result["table"] if r["bits"] == bits and r["task"] == task
@@ -88,12 +127,16 @@ def _methods(ax: Axes, result: dict[str, Any], task: str, value: str, settings: 
             look = {"color": COLOUR[name], "marker": MARK[name], "ms": 4, "capsize": 1.5}
             if np.isfinite(mean):
                 ax.errorbar(x, mean, [[mean - low], [high - mean]], ls="", lw=0.8, **look)
-                shown += [low, high]
+                seeds = _by_seed(rows[name], value)
+                ax.plot([x + 0.06] * len(seeds), seeds, ".", color=COLOUR[name], ms=2)
+                shown += [low, high, *seeds]
     ax.set_ylim(*style.limits(shown, margin=0.08))
     ax.set_xticks(range(len(settings)), settings)
     ax.set_xlim(-0.5, len(settings) - 0.5)
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="y")
+    if first:
+        ax.set_ylabel(VALUES[value])
 
 
 def _pair(r: dict[str, Any]) -> str:
@@ -105,84 +148,86 @@ def _differences_numbers(result: dict[str, Any]) -> dict[str, Any]:
     told = []
     for r in result["differences"]:
         if r["task"] == task:
-            mean, low, high = _scaled(r, "correct")
-            told.append(
-                f"{_pair(r)} at {r['bits']} {number(mean, 1)} [{number(low, 1)}, {number(high, 1)}]"
-            )
-    return {"task": task.replace("_", " "), "rows": "; ".join(told)}
+            mean, low, high = (number(v, 1) for v in _scaled(r, "correct"))
+            sd = _sd(r)
+            told.append(f"{_pair(r)} at {r['bits']} {mean} [{low}, {high}]{sd}")
+    about = {"task": task.replace("_", " "), "apart": _apart(result) if task == BOTH else ""}
+    return about | {"rows": "; ".join(told), "seeds": _seeds(result)}
 
 
 @figure(NOTEBOOK, _differences_numbers)
 def paired_accuracy(result: dict[str, Any]) -> Figure:
-    """Paired differences with 95 % intervals over items: accuracy left, log-probability right."""
-    tasks, settings = _tasks(result), _settings(result)
-    pairs = list(dict.fromkeys(_pair(r) for r in result["differences"]))
-    rows = [(pair, task) for pair in pairs for task in tasks]
-    fig = style.new(PAGE, 0.17 * len(rows) + 1.1)
-    axes = fig.subplots(1, 2, sharey=True)
-    shades = ("0.1", "0.55", "0.75")
-    for ax, (value, text) in zip(axes, VALUES.items(), strict=True):
-        for r in result["differences"]:
-            k = settings.index(r["bits"])
-            mean, low, high = _scaled(r, value)
-            if np.isfinite(mean):
-                y = rows.index((_pair(r), r["task"])) + 0.25 * (k - (len(settings) - 1) / 2)
-                look = {"color": shades[k % 3], "marker": "os^"[k % 3], "ms": 3.5, "capsize": 1.5}
-                ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], ls="", lw=0.8, **look)
-        ax.axvline(0, color="0.4", lw=0.8, zorder=1)
-        ax.set_xlabel(f"difference in {text.replace(chr(10), ' ').replace('[%]', '[points]')}")
-        ax.grid(axis="x")
-    names = [f"{pair}, {task.replace('_', ' ')}" for pair, task in rows]
-    axes[0].set_yticks(range(len(rows)), names)
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    """A panel a task, differences in accuracy above those in log-probability; 95 % intervals over items."""
+    fig, settings = _panels(result, 1.35, _pairs), _settings(result)
     handles = [
-        Line2D([], [], ls="", marker="os^"[k % 3], color=shades[k % 3], label=bits)
+        Line2D([], [], ls="", marker="os^"[k % 3], color=SHADES[k % 3], label=bits)
         for k, bits in enumerate(settings)
     ]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return fig
 
 
+def _pairs(ax: Axes, result: dict[str, Any], task: str, value: str, first: bool) -> None:
+    settings = _settings(result)
+    pairs = list(dict.fromkeys(_pair(r) for r in result["differences"]))
+    for r in (r for r in result["differences"] if r["task"] == task):
+        k = settings.index(r["bits"])
+        mean, low, high = _scaled(r, value)
+        if np.isfinite(mean):
+            y = pairs.index(_pair(r)) + 0.36 * (k - (len(settings) - 1) / 2)
+            look = {"color": SHADES[k % 3], "marker": "os^"[k % 3], "ms": 3.5, "capsize": 1.5}
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], ls="", lw=0.8, **look)
+            seeds = _by_seed(r, value)
+            ax.plot(seeds, [y + 0.17] * len(seeds), ".", color=SHADES[k % 3], ms=2)
+    ax.axvline(0, color="0.4", lw=0.8, zorder=1)
+    ax.set_xlabel("points" if value == "correct" else "nats a target")
+    ax.grid(axis="x")
+    ax.set_yticks(range(len(pairs)), pairs if first else [])
+    ax.set_ylim(len(pairs) - 0.5, -0.5)
+
+
 def _ranks_numbers(result: dict[str, Any]) -> dict[str, Any]:
-    told = [
-        f"{r['bits']}, {'accuracy' if r['value'] == 'accuracy' else 'log-probability'}: "
-        f"{number(r['methods'])} over {len(r['names'])} methods, {number(r['models'])} over "
-        f"{r['n']} models"
-        for r in result["ranks"]
+    told = []
+    for bits in _settings(result):
+        rotated, every = (
+            _rank(result, bits, "accuracy", BOTH, over) for over in ("rotated", "all")
+        )
+        parts = [
+            f"{number(r['methods'])} over {len(r['names'])} methods, {number(r['models'])} over "
+            f"{style.count(r['n'], 'model')}"
+            for r in (every, rotated)
+        ]
+        told.append(f"{bits}: {parts[0]}; without FP and NR {parts[1]}")
+    plain = [
+        f"{r['bits']}: perplexity {number(r['ppl'])}, accuracy {number(100 * float(r['accuracy']), 1)} %"
+        for r in result["models"]
+        if r["rotation"] == "NR"
     ]
-    return {"ranks": "; ".join(told), "windows": style.count(result["windows"], "window")}
+    about = {"plain": "; ".join(plain), "windows": style.count(result["windows"], "window")}
+    return about | {"ranks": ". ".join(told)}
+
+
+def _rank(result: dict[str, Any], bits: str, value: str, task: str, over: str) -> dict[str, Any]:
+    asked = (bits, value, task, over)
+    return next(
+        r for r in result["ranks"] if (r["bits"], r["value"], r["task"], r["over"]) == asked
+    )
 
 
 @figure(NOTEBOOK, _ranks_numbers)
 def perplexity_and_accuracy(result: dict[str, Any]) -> Figure:
-    """Each model's perplexity against its mean accuracy and log-probability; bits by filling."""
+    """A model's perplexity against its mean accuracy and each task's log-probability; bits by filling."""
     settings = _settings(result)
-    fig = style.new(PAGE, 2.7)
-    axes = fig.subplots(1, 2, sharex=True)
-    for ax, (key, text) in zip(
-        axes, zip(("accuracy", "logp"), VALUES.values(), strict=True), strict=True
-    ):
-        seen = []
-        for r in result["models"]:
-            x, y = float(array(r["ppl"])), float(array(r[key])) * (100 if key == "accuracy" else 1)
-            filled = r["rotation"] == "FP" or r["bits"] == settings[0]
-            ink = COLOUR[r["rotation"]]
-            look = {"color": ink, "mfc": ink if filled else "white", "ms": 5}
-            if np.isfinite([x, y]).all():
-                ax.plot(x, y, MARK[r["rotation"]], **look)
-                seen.append((x, y))
-        ax.set_xscale("log")
-        if seen:
-            ax.set_xlim(*style.limits([x for x, _ in seen], log=True, margin=0.08))
-            ax.set_ylim(*style.limits([y for _, y in seen], margin=0.08))
-        style.log_ticks(ax.xaxis, *ax.get_xlim())
-        ax.set(xlabel="perplexity", ylabel=text)
-        told = [
-            f"{r['bits']}: τ = {number(r['methods'])}" for r in result["ranks"] if r["value"] == key
-        ]
-        style.note(ax, "\n".join(told), 0.97, 0.97, ha="right", va="top")
-        ax.grid(axis="y")
-    names = [n for n in ORDER if any(r["rotation"] == n for r in result["models"])]
+    panels = [("accuracy", BOTH), *(("logp", t["task"]) for t in result["tasks"])]
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    fig = style.new(PAGE, 2.3 * lines + 0.4)
+    axes = fig.subplots(lines, columns, squeeze=False).ravel()
+    for ax, (value, task) in zip(axes, panels, strict=False):
+        _against_perplexity(ax, result, value, task, settings)
+    for ax in axes[len(panels) :]:
+        ax.axis("off")
+    names = [n for n in ORDER if n != "NR"]
     handles = [
         Line2D([], [], ls="", marker=MARK[n], color=COLOUR[n], label=style.label(n)) for n in names
     ]
@@ -192,3 +237,34 @@ def perplexity_and_accuracy(result: dict[str, Any]) -> Figure:
     ]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return fig
+
+
+def _against_perplexity(
+    ax: Axes, result: dict[str, Any], value: str, task: str, settings: list[str]
+) -> None:
+    """Without NR, beside which the others would be one point; the caption tells it."""
+    seen = []
+    for r in (r for r in result["models"] if r["rotation"] != "NR"):
+        y = 100 * array(r["accuracy"]) if value == "accuracy" else array(r["logp"][task])
+        x, y = float(array(r["ppl"])), float(y)
+        filled = r["rotation"] == "FP" or r["bits"] == settings[0]
+        ink = COLOUR[r["rotation"]]
+        if np.isfinite([x, y]).all():
+            ax.plot(x, y, MARK[r["rotation"]], color=ink, mfc=ink if filled else "white", ms=4.5)
+            seen.append((x, y))
+    ax.set_xscale("log")
+    if seen:
+        ax.set_xlim(*style.limits([x for x, _ in seen], log=True, margin=0.08))
+        low, high = style.limits([y for _, y in seen], margin=0.08)
+        ax.set_ylim(low, high + 0.3 * (high - low))  # room for what is told there
+    style.log_ticks(ax.xaxis, *ax.get_xlim())
+    ax.set(xlabel="perplexity", title=task.replace("_", " "))
+    ax.set_ylabel("accuracy [%]" if value == "accuracy" else "log-probability [nats]")
+    told = []
+    for bits in settings:
+        rotated, every = (
+            number(_rank(result, bits, value, task, over)["methods"]) for over in ("rotated", "all")
+        )
+        told.append(f"{bits}: τ = {rotated} ({every})")
+    style.note(ax, "\n".join(told), 0.97, 0.97, ha="right", va="top", fontsize=6)
+    ax.grid(axis="y")

@@ -13,6 +13,7 @@ __all__ = ["ProfileError", "check", "load", "names", "notebook_parameters"]
 
 _HERE = Path(__file__).parent
 _SECTIONS = ("base", "common", "notebooks", "rotations", "resources")
+STARTS = ("RH", "RO")  # of rotations that are refined
 
 
 class ProfileError(ValueError):
@@ -94,7 +95,12 @@ def _in_full(profile: str, sections: dict[Any, Any], known: list[str]) -> dict[s
 
 def notebook_parameters(profile: str, notebook: str, known: set[str]) -> dict[str, Any]:
     """What `profile` sets for `notebook`; ProfileError if it names a parameter it does not have."""
-    content = load(profile)
+    return _of_notebook(profile, load(profile), notebook, known)
+
+
+def _of_notebook(
+    profile: str, content: dict[str, Any], notebook: str, known: set[str]
+) -> dict[str, Any]:
     own = content["notebooks"].get(notebook, {})
     if set(own) - known:
         raise ProfileError(
@@ -104,10 +110,10 @@ def notebook_parameters(profile: str, notebook: str, known: set[str]) -> dict[st
     return {k: v for k, v in content["common"].items() if k in known} | own
 
 
-def check(profile: str, known: dict[str, set[str]]) -> None:
+def check(profile: str, known: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
     """ProfileError unless every name in `profile` is a notebook's or a parameter of some notebook.
 
-    known: notebook → its parameters.
+    known: notebook → its parameters. Returns what the profile sets for each.
     """
     content = load(profile)
     stray = set(content["notebooks"]) - set(known)
@@ -121,3 +127,9 @@ def check(profile: str, known: dict[str, set[str]]) -> None:
         raise ProfileError(
             f"profile {profile!r} sets {sorted(stray)}, a parameter of no notebook: use {sorted(every)}"
         )
+    starts = content["rotations"].get("starts", [])
+    if not isinstance(starts, list) or not all(start in STARTS for start in starts):
+        raise ProfileError(
+            f"profile {profile!r}: rotations: starts = {starts!r}: use a list of {', '.join(STARTS)}"
+        )
+    return {name: _of_notebook(profile, content, name, own) for name, own in known.items()}

@@ -17,6 +17,7 @@ from dfrot_lab import (
     files,
     heads,
     models,
+    owners,
     prefix,
     quantized_model,
     rotations,
@@ -144,17 +145,20 @@ def by_task_loss(
 ) -> list[dict[str, Any]]:
     """SpinQuant's way: Cayley steps on the task loss from each of `starts`, and its budget."""
     out, tokens = [], lab.calibration_tokens[:, : lab.seqlen // length * length]
+    whose = owners.of(lab.model).about  # the lab takes no file that does not say it
     for name in starts:
         start = lab.rotation(name, seed)
         path = (
             Path(lab.folder) / "artefacts" / "rotations" / f"Cayley-{name}-seed{seed}.safetensors"
         )
         about = {"steps": steps, "length": length, "start": _digest(start.tolist())}
-        if not (path.exists() and rotations.load(path)[1].get("about") == about):
+        about = {"about": about} | whose
+        known = rotations.load(path)[1] if path.exists() else {}
+        if {k: known.get(k) for k in about} != about:
             r, losses = cayley.refine(
                 lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name
             )
-            rotations.save(path, r, {"about": about, "losses": losses})
+            rotations.save(path, r, about | {"losses": losses})
         losses = rotations.load(path)[1]["losses"]
         row = {"start": name, "steps": steps, "tokens": steps * length, "losses": losses}
         row |= {"before": lab.perplexity(name, seed, windows=windows)["ppl"]}
