@@ -119,11 +119,12 @@ def gallery(
     from dfrot_lab import experiments
     from dfrot_lab import gallery as sites
 
-    profiles.path(profile)  # an unknown one is told
     root = project_root()
     if experiment:
         profile = profile or experiments.default_profile(experiment, root)
-    home = root / options.home(profile or "demo")
+    profile = profile or "demo"
+    profiles.path(profile)  # an unknown one is told
+    home = root / options.home(profile)
     out = out or home / "gallery"
     shown = sites.build([folder] if folder else [home, root / "figures"], out, root)
     for origin, names in shown.items():
