@@ -119,10 +119,10 @@ def gallery(
     from dfrot_lab import experiments
     from dfrot_lab import gallery as sites
 
-    profiles.path(profile)  # an unknown one is told
     root = project_root()
     if experiment:
         profile = profile or experiments.default_profile(experiment, root)
+    profiles.path(profile or "demo")  # an unknown one is told
     home = root / options.home(profile or "demo")
     out = out or home / "gallery"
     shown = sites.build([folder] if folder else [home, root / "figures"], out, root)
