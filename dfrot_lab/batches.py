@@ -86,6 +86,7 @@ def run(
         f"experiment={experiment or ''}",
         # Snakemake reads a value that looks like a number as one: `2024` is none with a folder in front
         f"folder={home if home.is_absolute() else f'./{home}'}",
+        "--scheduler", "greedy",  # the other one starts a solver for each choice among a handful of jobs
         "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "host",
         # jobs here say themselves what went wrong; of others only Snakemake knows, and where their logs are
         *(["rules"] if local else []),

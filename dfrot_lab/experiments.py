@@ -269,10 +269,8 @@ def summarize(experiment: Experiment) -> str:
             rows.append(about | {"kind": "claim"} | told)
         rows += [about | told for row in result.get("table", []) for told in _told(row)]
     folder, points = experiment.root / experiment.folder, experiment.points
-    axes = [
-        {"name": k, "values": _distinct([str(p.values[k]) for p in points])}
-        for k in points[0].values
-    ]
+    lists = {k: _distinct([str(p.values[k]) for p in points]) for k in points[0].values}
+    axes = [{"name": k, "values": v} for k, v in lists.items()]
     grid = {"profile": Path(experiment.base).stem, "notebooks": experiment.notebooks, "axes": axes}
     files.write_json(folder / "summary.json", grid | {"rows": rows, "missing": missing})
     columns = ["notebook", *experiment.points[0].values, "kind", "quantity", "value"]

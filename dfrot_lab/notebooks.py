@@ -22,6 +22,7 @@ _OURS |= {"ModelError", "PlotError", "ResultError", "RotationError", "TaskError"
 # a full disk or quota, as Python prints it
 _FULL = tuple(f"[Errno {n}]" for n in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)))
 FREE_SPACE = ": free space there, then give the same command again: what is finished is kept"
+_START = 300  # seconds that a kernel may take to start, on a machine with a lot to do
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
 
@@ -182,22 +183,30 @@ def run(notebook: Path, given: dict[str, Any], output: Path, root: Path) -> Path
     without its progress bars; when a cell fails it stays, with its traceback, an earlier `output` is left
     alone, and NotebookError names the error and the file.
     """
+    # jsonschema, of nbformat, would compile a grammar of web addresses: a second of each notebook's start
+    unneeded = sys.modules.setdefault("rfc3987_syntax", None) is None
     import nbformat
     import papermill
     from jupyter_client.manager import KernelManager
     from papermill.exceptions import PapermillExecutionError
 
+    if unneeded:
+        del sys.modules["rfc3987_syntax"]
     # ipykernel ≥ 7.3 warns about unencrypted TCP unless told to choose; older clients lack the trait
     if KernelManager.class_traits().get("transport_encryption") is not None:
         KernelManager.transport_encryption = "auto"
     os.environ.setdefault("TQDM_MININTERVAL", "10")
     output.parent.mkdir(parents=True, exist_ok=True)
+    if output.parent.name == notebook.stem:  # a folder of its own: what killed runs half wrote goes
+        for left in output.parent.glob(".partial-*"):
+            left.unlink(missing_ok=True)
     stream = _Lines(notebook.stem.split("_")[0])
     growing = output.with_name(f"{output.stem}.failed.ipynb")
     try:
         papermill.execute_notebook(
             str(notebook), str(growing), parameters=given, cwd=str(root), kernel_name="python3",
-            progress_bar=False, stdout_file=stream, stderr_file=stream,
+            progress_bar=False, stdout_file=stream, stderr_file=stream, start_timeout=_START,
+            shutdown_kernel="immediate",  # all is written: Python's own end takes seconds after torch
         )  # fmt: skip
     except PapermillExecutionError as error:
         ours = error.ename in _OURS

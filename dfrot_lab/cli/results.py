@@ -122,9 +122,8 @@ def gallery(
     root = project_root()
     if experiment:
         profile = profile or experiments.default_profile(experiment, root)
-    profile = profile or "demo"
-    profiles.path(profile)  # an unknown one is told
-    home = root / options.home(profile)
+    profiles.path(profile or "demo")  # an unknown one is told
+    home = root / options.home(profile or "demo")
     out = out or home / "gallery"
     shown = sites.build([folder] if folder else [home, root / "figures"], out, root)
     for origin, names in shown.items():
