@@ -83,6 +83,17 @@ def in_turn(folder, notebook):
     return windows(notebook, VALUES[folder]) > 0 and len(HESSIANS[home_of(folder)]) > 1
 
 
+def artefacts(folder, notebook):
+    """The shared artefacts that are made before `notebook` runs in `folder`."""
+    home = f"{home_of(folder)}/artefacts"
+    shared = windows(notebook, VALUES[folder]) and not in_turn(folder, notebook)
+    return [
+        f"{home}/activations.safetensors",
+        *([f"{home}/rotations{TAG}.json"] if notebook in REFINED else []),
+        *([f"{home}/hessians/hessians.json"] if shared else []),
+    ]
+
+
 wildcard_constraints:
     home=one_of(SHARES),
     folder=one_of(RESULTS),
@@ -163,6 +174,8 @@ TEE = " 2>&1 | tee {log:q} >&2"
 rule all:
     input:
         expand("{folder}/{notebook}/result.json", folder=RESULTS, notebook=ASKED),
+        # one that was damaged is gone, and is made again, results or not
+        [f for folder in RESULTS for n in ASKED for f in artefacts(folder, n)] if int(config.get("damaged", 0)) else [],
 
 
 rule assets:
@@ -244,10 +257,7 @@ rule hessians:
 
 rule notebook:
     input:
-        lambda w: f"{home_of(w.folder)}/artefacts/activations.safetensors",
-        lambda w: f"{home_of(w.folder)}/artefacts/rotations{TAG}.json" if w.notebook in REFINED else [],
-        lambda w: f"{home_of(w.folder)}/artefacts/hessians/hessians.json"
-        if windows(w.notebook, VALUES[w.folder]) and not in_turn(w.folder, w.notebook) else [],
+        lambda w: artefacts(w.folder, w.notebook),
         lambda w: code_of(w.notebook),
         lambda w: on_disk(values(RESULTS[w.folder][0], w.notebook)),
         notebook="notebooks/{notebook}.ipynb",

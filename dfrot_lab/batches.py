@@ -82,15 +82,15 @@ def run(
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--workflow-profile", str(where),
         *(limits if local else ["--resources", "hessians=1"]),
-        "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
-        f"experiment={experiment or ''}",
-        # Snakemake reads a value that looks like a number as one: `2024` is none with a folder in front
-        f"folder={home if home.is_absolute() else f'./{home}'}",
         "--scheduler", "greedy",  # the other one starts a solver for each choice among a handful of jobs
         "--nolock", "--rerun-incomplete", "--retries", "1", "--keep-going", "--quiet", "host",
         # jobs here say themselves what went wrong; of others only Snakemake knows, and where their logs are
         *(["rules"] if local else []),
         *(["--slurm-jobname-prefix", slurm_queue.prefix(folder)] if kind == "slurm" else []),
+        "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
+        f"experiment={experiment or ''}",
+        # Snakemake reads a value that looks like a number as one: `2024` is none with a folder in front
+        f"folder={home if home.is_absolute() else f'./{home}'}",
     ]  # fmt: skip
     # jobs call `dfrot-lab`: the one beside this interpreter, whatever is first on the PATH
     environment = os.environ | {
@@ -103,11 +103,12 @@ def run(
         if kind == "slurm":
             slurm_queue.settle(slurm_queue.prefix(folder), _say)
         kept_files.wait_for_jobs(folder, _say)
-        for line in kept_files.verify(folder, check):
+        damaged = kept_files.verify(folder, check)
+        for line in damaged:
             _say(line)
         if grid:
             experiments.prepare(grid)
-        status = _supervised(command, root, environment, lock)
+        status = _supervised([*command, f"damaged={len(damaged)}"], root, environment, lock)
         if grid:
             _say(experiments.summarize(grid))
     return status

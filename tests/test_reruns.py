@@ -129,6 +129,16 @@ def test_what_is_through_has_nothing_to_do(checkout):
     assert again(checkout) == again(checkout, notebooks="", experiment="trial") == []
 
 
+@pytest.mark.slow
+def test_an_artefact_that_was_damaged_is_made_again_one_that_was_deleted_when_it_is_needed(
+    checkout,
+):
+    (checkout / "results/own/artefacts/hessians/hessians.json").unlink()
+    assert again(checkout) == []
+    uses = [TABLES, "09_objectives", "10_zero_shot"]
+    assert again(checkout, damaged="1") == [*uses, "hessians"]
+
+
 def edited(folder, *names):
     """Append a line that means nothing to each file."""
     for name in names:
