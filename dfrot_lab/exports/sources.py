@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "Source",
     "fingerprint",
+    "from_hub",
     "opened",
     "recipe",
     "record",
@@ -112,7 +113,7 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
     if path.is_dir():
         yield _checked(Source(path, model))
     elif hub:
-        yield _checked(_from_hub(model, revision))
+        yield _checked(from_hub(model, revision))
     else:
         gguf = assets.path("smollm2") if model == "demo" else path if path.is_file() else None
         with workplaces.beside((near or Path(tempfile.gettempdir())) / "source") as work:
@@ -123,7 +124,8 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
             yield _checked(Source(work / "model", model, gguf and files.sha256(gguf), gguf))
 
 
-def _from_hub(model: str, revision: str | None) -> Source:
+def from_hub(model: str, revision: str | None = None) -> Source:
+    """A model of the hub in its local cache, downloaded where it is not there; ModelError as `load`."""
     commit = models.commit(model, revision)  # says plainly what is wrong
     from huggingface_hub import snapshot_download
 
