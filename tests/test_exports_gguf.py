@@ -1,4 +1,4 @@
-"""GGUF: tensors, words and vocabulary of the written file; llama.cpp itself in the slow tests."""
+"""GGUF: tensors, words and vocabulary of the written file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from click.testing import CliRunner
 from conftest import byte_pairs, logits, random_tokens, relative
 
-from benchmarks import llama_formats
-from dfrot_lab import corpora, evaluation, models, rotations
+from dfrot_lab import models, rotations
 from dfrot_lab.cli import app
 from dfrot_lab.exports import checks, gguf, sources, vocabularies
 from dfrot_lab.exports.sources import ExportError
@@ -331,50 +330,3 @@ def test_the_demo_vocabulary_is_read_as_its_own_gguf_has_it(tmp_path):
     for part in ("model", "pre", "tokens", "merges", "bos_token_id", "eos_token_id"):
         name = f"tokenizer.ggml.{part}"
         assert value(found, name) == value(wanted, name), name
-
-
-# --- llama.cpp ------------------------------------------------------------------------------------
-
-
-def test_permuting_changes_no_function_but_every_block(saved, tmp_path):
-    folder = saved()
-    with sources.opened(str(folder)) as s:
-        other = llama_formats.permuted(s, tmp_path / "permuted")
-    tokens = random_tokens()
-    original, turned = models.load(str(folder)), models.load(str(other))
-    assert relative(logits(turned, tokens), logits(original, tokens)) < 1e-5
-    a, b = (m.model.layers[0].mlp.down_proj.weight for m in (original, turned))
-    assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
-    first, second = (w[:, :32].amax(-1).sort().values for w in (a, b))  # of every row's first block
-    assert not torch.allclose(first, second, atol=1e-3)
-
-
-def test_the_table_has_a_row_a_rotation():
-    table = {"ppl": {"RH": {"F32": 20.0, "Q4_0": 25.126}}, "bytes": {"Q4_0": 1, "F32": 8}}
-    lines = llama_formats.markdown(table).splitlines()
-    assert lines[0] == "| | F32 | Q4_0 |" and lines[2] == "| RH | 20.00 | 25.13 |"
-
-
-@pytest.mark.slow
-@pytest.mark.demo
-def test_llama_cpp_computes_the_perplexity_of_transformers(tmp_path):
-    pytest.importorskip(
-        "llama_cpp", reason="llama-cpp-python is not installed: pip install -e '.[llama]'"
-    )
-    tokenizer = models.load_tokenizer("demo")
-    tokens = corpora.load("demo", "evaluation", tokenizer, windows=1, seqlen=256)
-    wanted = evaluation.perplexity(models.load("demo"), tokens).value
-    llama_formats.silence()
-    with sources.opened("demo", near=tmp_path) as s:
-        gguf.write(s, tmp_path / "RH.gguf", sources.recipe("RH", s))
-    found = llama_formats.perplexity(tmp_path / "RH.gguf", tokens).value
-    assert abs(found / wanted - 1) < 0.005
-    small = llama_formats.quantize(tmp_path / "RH.gguf", tmp_path / "small.gguf", "Q8_0")
-    assert small.stat().st_size < 0.3 * (tmp_path / "RH.gguf").stat().st_size
-    assert abs(llama_formats.perplexity(small, tokens).value / wanted - 1) < 0.02
-    # and llama.cpp cuts a text as the model's tokenizer does
-    from llama_cpp import Llama
-
-    text = "In 1879, Peirce’s lectures (at Johns Hopkins) drew 25–30 students.\n\nNaïve?  Ja!"
-    lm = Llama(str(tmp_path / "RH.gguf"), vocab_only=True, verbose=False)
-    assert lm.tokenize(text.encode(), add_bos=False) == tokenizer(text)["input_ids"]
