@@ -214,7 +214,9 @@ def test_the_summary_takes_every_published_result(root):
         result = files.read_json(ROOT / "figures" / name / "result.json")
         own = [r for r in rows if r["notebook"] == name]
         assert sum(r["kind"] == "claim" for r in own) == len(result["claims"])
-        assert sum(r["kind"] == "perplexity" for r in own) == len(result.get("table", []))
+        table = result.get("table", [])
+        assert sum(r["kind"] == "perplexity" for r in own) == sum("task" not in r for r in table)
+        assert sum(r["kind"] == "accuracy" for r in own) == sum("task" in r for r in table)
 
 
 def test_the_summary_takes_accuracies(root):
