@@ -295,7 +295,6 @@ def _told(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"kind": "perplexity", "quantity": f"perplexity {what}"} | value
         return
     for key, kind in (("correct", "accuracy"), ("logp", "log-probability")):
-        if key not in row:  # nats of unlike tasks have no mean
-            continue
-        value = {"value": row[key]["mean"], "sd": row[key]["sd"], "n": row["seeds"]}
-        yield {"kind": kind, "quantity": f"{kind} {what}"} | value
+        if key in row:  # nats of unlike tasks have no mean
+            value = {"value": row[key]["mean"], "sd": row[key]["sd"], "n": row["seeds"]}
+            yield {"kind": kind, "quantity": f"{kind} {what}"} | value
