@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dfrot_lab import files
 
@@ -55,7 +55,9 @@ def verify(folder: Path, thorough: bool = False) -> list[str]:
     they are whole.
     """
     said, left = [], _HASHED
+    _sweep(folder)
     with FileLock(folder / ".manifest.lock"):
+        files.sweep(folder / MANIFEST)
         known, lost = _read(folder)
         if lost:
             said.append(f"{folder / MANIFEST} is damaged: every file is hashed anew")
@@ -156,6 +158,23 @@ def wait_for_jobs(folder: Path, say: Callable[[str], Any]) -> None:
                     say(f"jobs of an earlier batch or of `dfrot-lab run` use {folder}: waiting")
                 waiting = True
                 time.sleep(0.2)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed jobs have half written, unless a notebook run by hand holds a lock beside it."""
+    for locks in folder.rglob(".locks"):
+        if all(_free(lock) for lock in locks.glob("*.lock")):
+            for name in ("artefacts", "measurements"):
+                for left in (locks.parent / name).rglob(".partial-*"):
+                    left.unlink(missing_ok=True)
+
+
+def _free(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return True
+    except Timeout:
+        return False
 
 
 def _record(folder: Path, since: int) -> None:

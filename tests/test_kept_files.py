@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from dfrot_lab import files, kept_files
@@ -172,6 +173,22 @@ def test_a_damaged_manifest_is_said_and_made_anew(folder):
     (line,) = kept_files.verify(folder)
     assert "damaged" in line
     assert set(KEPT) <= set(files.read_json(folder / kept_files.MANIFEST))
+
+
+def test_what_was_half_written_goes_unless_somebody_writes_it(folder):
+    left = [
+        folder / "artefacts/hessians/.partial-layer-000.safetensors-x.safetensors",
+        folder / "measurements/.partial-row.json-x.json",
+        folder / ".partial-.manifest.json-x.json",
+    ]
+    for path in left:
+        path.write_text("{")
+    (folder / ".locks").mkdir()
+    with FileLock(folder / ".locks" / "hessians.lock"):
+        kept_files.verify(folder)
+        assert [path.exists() for path in left] == [True, True, False]
+    kept_files.verify(folder)
+    assert not any(path.exists() for path in left)
 
 
 def test_jobs_are_waited_for(folder):
