@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ __all__ = ["BatchError", "run"]
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 _CODE = (".py", ".yml", ".json", ".mplstyle")
 FIGURES = 4  # the notebooks that are run where none is named, as in the Snakefile
+_LISTENED = 2.0  # seconds between two looks at whether the output is read
 _GRACE = 5.0  # seconds in which the processes of a killed batch are gone
 
 
@@ -201,7 +203,9 @@ def _check_code(root: Path) -> None:
 def _supervised(command: list[str], root: Path, environment: dict[str, str], lock: IO[str]) -> int:
     """Exit status of `command`; 130 after an interrupt, a hang-up or a termination, passed to all below.
 
-    It stays in this process group, so that a signal to the group reaches everything.
+    It stays in this process group, so that a signal to the group reaches everything. Where whoever reads
+    the output is gone, all is stopped too: Snakemake, which cannot say that a job is over, would wait for
+    ever and hold the lock.
     """
     child = subprocess.Popen(
         command, cwd=root, env=environment, pass_fds=[lock.fileno()],
@@ -209,7 +213,11 @@ def _supervised(command: list[str], root: Path, environment: dict[str, str], loc
     )  # fmt: skip
     previous = {s: signal.signal(s, signal.default_int_handler) for s in _STOPPING}
     try:
-        return child.wait()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(timeout=_LISTENED)
+            if _unheard():
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         _stop(child.pid)
         child.wait()
@@ -217,6 +225,14 @@ def _supervised(command: list[str], root: Path, environment: dict[str, str], loc
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
+
+
+def _unheard() -> bool:
+    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)  # errors are told unasked
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _die_with_parent() -> None:

@@ -241,6 +241,19 @@ def test_a_termination_leaves_no_process(checkout, unbroken):
     assert not alive(every, GONE)
 
 
+def test_a_batch_whose_output_nobody_reads_any_more_stops(checkout, unbroken):
+    """As in `make batch | head`; Snakemake would wait for ever for jobs that cannot be told of."""
+    child = checkout.start()
+    time.sleep(0.5 * unbroken[2])
+    every = psutil.Process(child.pid).children(recursive=True)
+    child.stdout.close()
+    assert child.wait(timeout=60) == 130
+    assert every and not alive(every, GONE)
+    status, output = checkout.run()
+    assert status == 0, output[-3000:]
+    assert checkout.results() == unbroken[1]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """(a checkout on a disk that is full but for `room` KiB, a function that makes it larger)."""
