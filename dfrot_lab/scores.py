@@ -10,7 +10,7 @@ from dfrot_lab import evaluation, quantized_folder, zero_shot
 from dfrot_lab.lab import Lab
 from dfrot_lab.tables import Table
 
-__all__ = ["measured", "of_folder", "scores_table"]
+__all__ = ["differences", "differences_table", "measured", "of_folder", "scores_table"]
 
 _KEPT = (
     "task",
@@ -23,6 +23,7 @@ _KEPT = (
     "version",
     "lm_eval",
 )
+_EACH = ("correct", "logp")  # by item
 
 
 def measured(
@@ -47,10 +48,36 @@ def measured(
     for name in names:
         how = {"bits": "16-16-16" if name == "FP" else bits, "method": method, "gamma": gamma}
         row = lab.perplexity(name, seed, windows=windows, **how)
-        row = {k: v for k, v in row.items() if k not in ("nll", "kept", "keep")}
+        row = {k: v for k, v in row.items() if k not in ("kept", "keep")}
         found = [zero_shot.measure(lab, name, seed, task=t, items=items, **how) for t in tasks]
-        out.append(row | {"tasks": [{k: r[k] for k in _KEPT} for r in found]})
+        out.append(row | {"tasks": [{k: r[k] for k in (*_KEPT, *_EACH)} for r in found]})
     return out
+
+
+def differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every row of `measured` less RH's, or less the first where RH is not among them, paired.
+
+    {a, b, nll, tasks}: nats a token over windows (none of fewer than two), and by task accuracy and the
+    target's log-probability over items, each with its 95 % interval. Two models differ by less than the
+    standard error of one, which is that of the items they share.
+    """
+    names = [r["rotation"] for r in rows]
+    base = rows[names.index("RH") if "RH" in names else 0]
+    out = []
+    for r in rows:
+        if r is base:
+            continue
+        both = zip(r["tasks"], base["tasks"], strict=True)
+        tasks = [{"task": a["task"]} | {v: _paired(a[v], b[v]) for v in _EACH} for a, b in both]
+        nll = _paired(r["nll"], base["nll"]) if len(r["nll"]) > 1 else None
+        out.append({"a": r["rotation"], "b": base["rotation"], "nll": nll, "tasks": tasks})
+    return out
+
+
+def _paired(a: list[float], b: list[float]) -> dict[str, float]:
+    if all(map(math.isfinite, (*a, *b))):
+        return evaluation.paired_difference(a, b)
+    return dict.fromkeys(("mean", "low", "high"), math.nan) | {"n": len(a)}
 
 
 def of_folder(
@@ -61,13 +88,13 @@ def of_folder(
         zero_shot.check(tasks)
     model, tokenizer, about = quantized_folder.load(folder, device=lab.device)
     lab.__dict__["tokenizer"] = tokenizer
-    ppl = evaluation.perplexity(model, lab.evaluation_tokens(windows)).value
+    found = evaluation.perplexity(model, lab.evaluation_tokens(windows))
     row = {k: about.get(k) for k in ("rotation", "seed", "bits", "gamma", "method")}
-    row |= {"ppl": ppl, "windows": len(lab.evaluation_tokens(windows)), "tasks": []}
+    row |= {"ppl": found.value, "nll": found.nll, "windows": len(found.nll), "tasks": []}
     for task in tasks:
         found = zero_shot.evaluate(model, tokenizer, task, corpus=lab.corpus, items=items)
         found = zero_shot.with_means(found)
-        row["tasks"].append({k: found[k] for k in _KEPT})
+        row["tasks"].append({k: found[k] for k in (*_KEPT, *_EACH)})
     return row
 
 
@@ -88,5 +115,25 @@ def scores_table(rows: list[dict[str, Any]]) -> Table:
         body.append(tuple(cells))
     title = f"{rows[0]['windows']} evaluation windows"
     if tasks:
-        title += f"; lm-eval {tasks[0]['lm_eval']}, {tasks[0]['items']} items a task"
+        items = ", ".join(f"{t['items']} items of {t['task']}" for t in tasks)
+        title += f"; lm-eval {tasks[0]['lm_eval']}, {items}"
     return Table(title, header, tuple(body), frozenset(range(3, len(header))))
+
+
+def differences_table(found: list[dict[str, Any]]) -> Table:
+    """What `differences` gives, one row a difference; accuracy in points of a percent."""
+    tasks = [t["task"] for t in found[0]["tasks"]]
+    header = ("difference", "nll [nats a token]")
+    header += tuple(f"{t} [points]" for t in tasks) + tuple(f"{t}, log p" for t in tasks)
+    body = []
+    for d in found:
+        cells = [f"{d['a']} − {d['b']}", _interval(d["nll"], 1, 3) if d["nll"] else "one window"]
+        cells += [_interval(t["correct"], 100, 1) for t in d["tasks"]]
+        body.append((*cells, *(_interval(t["logp"], 1, 2) for t in d["tasks"])))
+    title = "paired differences, 95 % intervals over windows and items"
+    return Table(title, header, tuple(body), frozenset(range(1, len(header))))
+
+
+def _interval(d: dict[str, float], factor: float, digits: int) -> str:
+    mean, low, high = (f"{factor * d[k]:.{digits}f}" for k in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"

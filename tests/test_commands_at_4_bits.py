@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import logits
 
-from dfrot_lab import models, profiles, quantized_folder, side_by_side
+from dfrot_lab import evaluation, models, profiles, quantized_folder, scores, side_by_side
 from dfrot_lab.cli import app
 from dfrot_lab.lab import Lab
 from dfrot_lab.models import ModelError
@@ -79,6 +79,26 @@ def test_quantize_and_eval_agree(smoke, tmp_path):
     rows = [json.loads((tmp_path / f"{n}.json").read_text())["rows"][0] for n in ("name", "folder")]
     assert rows[0]["ppl"] == rows[1]["ppl"] and rows[0]["tasks"] == rows[1]["tasks"]
     assert [t["task"] for t in rows[0]["tasks"]] == ["last_word", "continuation"]
+
+
+def test_eval_tells_paired_differences(smoke, tmp_path):
+    ask = ("eval", *smoke, "--method", "rtn", "--windows", 2, "--zero-shot", "--items", 4)
+    names = ("--rotation", "FP", "--rotation", "RH", "--rotation", "RO")
+    done = invoke(*ask, *names, "--out", tmp_path / "e.json")
+    assert done.exit_code == 0, done.output
+    assert "FP − RH" in done.output and "RO − RH" in done.output
+    found = json.loads((tmp_path / "e.json").read_text())
+    fp, rh, ro = found["rows"]
+    for row, d in zip((fp, ro), found["differences"], strict=True):
+        assert (d["a"], d["b"]) == (row["rotation"], "RH")
+        wanted = evaluation.paired_difference(row["nll"], rh["nll"])
+        assert d["nll"] == pytest.approx(wanted)
+        for i, task in enumerate(d["tasks"]):
+            accuracy = row["tasks"][i]["accuracy"] - rh["tasks"][i]["accuracy"]
+            assert task["correct"]["mean"] == pytest.approx(accuracy) and task["correct"]["n"] == 4
+    one = scores.differences([fp | {"nll": fp["nll"][:1]}, ro | {"nll": ro["nll"][:1]}])
+    assert [(d["a"], d["b"], d["nll"]) for d in one] == [("RO", "FP", None)]
+    assert "one window" in str(scores.differences_table(one))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,10 @@ def evaluate(
     profile, model, corpus, rotation, quantized, gamma, bits, method, seed, windows, zero_shot,
     task, items, folder, out,
 ) -> None:  # fmt: skip
-    """Perplexity, and zero-shot accuracy through lm-eval, as a table; what is measured is kept."""
+    """Perplexity, and zero-shot accuracy through lm-eval, as a table; what is measured is kept.
+
+    A second table has the paired differences from RH (from the first model where RH is not asked for).
+    """
     from dfrot_lab import files, scores
     from dfrot_lab.zero_shot import OFFLINE
 
@@ -72,6 +75,7 @@ def evaluate(
     values.check(rotation=rotated, gamma=gamma, bits=bits, windows=windows, items=items)
     tasks = list(dict.fromkeys([*(OFFLINE if zero_shot else ()), *task]))
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
+    paired = []
     if quantized:
         rows = [scores.of_folder(lab, quantized, windows=windows, tasks=tasks, items=items)]
     else:
@@ -79,9 +83,12 @@ def evaluate(
             lab, names, seed, bits=bits, method=method, gamma=gamma, windows=windows,
             tasks=tasks, items=items,
         )  # fmt: skip
+        paired = scores.differences(rows)
     if out:
-        files.write_json(out, {"rows": rows, "about": lab.about})
+        files.write_json(out, {"rows": rows, "differences": paired, "about": lab.about})
     click.echo(scores.scores_table(rows))
+    if paired:
+        click.echo(f"\n{scores.differences_table(paired)}")
 
 
 @click.command()
