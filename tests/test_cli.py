@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from dfrot_lab import assets, batches, files, models, owners, rotations
+from dfrot_lab import assets, batches, files, models, owners, profiles, rotations
 from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -331,6 +331,14 @@ def test_a_wrong_value_is_told_before_anything_starts(tmp_path, name, value, sai
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1 and re.search(said, done.output), done.output
     assert not (tmp_path / "r").exists()
+
+
+def test_a_profile_file_without_a_base_leaves_the_rest_to_the_demo(tmp_path):
+    profile = tmp_path / "mine.yml"
+    profile.write_text("common: {seeds: [7]}\n")
+    found, demo = profiles.load(str(profile)), profiles.load("demo")
+    assert found["common"] == demo["common"] | {"seeds": [7]}
+    assert found["notebooks"] == demo["notebooks"]
 
 
 @pytest.mark.parametrize("site", ["layers.2.mlp", "layers.0.attn"])

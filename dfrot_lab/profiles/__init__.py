@@ -36,7 +36,7 @@ def path(profile: str) -> Path:
 
 
 def load(profile: str) -> dict[str, Any]:
-    """The profile as a dict of its sections; a `base` profile fills gaps.
+    """The profile as a dict of its sections; a `base` profile fills gaps, `demo` if a file names none.
 
     Single parameters are filled in, of a notebook's section too. A notebook may be named by its number
     alone ('03'), as for `dfrot-lab run`; here it has its full name. resources: mem_mb (MiB) and runtime
@@ -60,7 +60,9 @@ def load(profile: str) -> dict[str, Any]:
             raise ProfileError(
                 f"profile {profile!r}: {section} = {found[section]!r} is not a mapping of names to values"
             )
-    below = load(found["base"]) if found["base"] else None
+    # what a file leaves out are the notebooks' own values, and those are the demo's
+    base = found["base"] or ("demo" if path(profile).parent != _HERE else None)
+    below = load(base) if base else None
     known = [p.stem for p in sorted((project_root() / "notebooks").glob("[0-9]*.ipynb"))]
     known += below["notebooks"] if below else []
     found["notebooks"] = _in_full(profile, found["notebooks"], known)
