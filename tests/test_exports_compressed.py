@@ -10,11 +10,11 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import logits, random_tokens, relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dfrot_lab import corpora, models, profiles, quantized_model, quantizers, rotations
 from dfrot_lab.cli import app
-from dfrot_lab.exports import compressed, sources
+from dfrot_lab.exports import checks, compressed, compressed_checks, sources
 from dfrot_lab.exports.sources import ExportError
 from dfrot_lab.linears import grid
 from dfrot_lab.quantized_model import ModelSpec
@@ -109,9 +109,7 @@ def test_gptq_weights_are_stored_too(package, tmp_path):
     spec = ModelSpec.of("4-4-16", method="gptq")
     wanted = quantized_model.build(models.load("tiny:llama"), BOTH, spec, calibration=tokens)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    found, ours = (logits(m, random_tokens()) for m in (model, wanted))
-    error = torch.linalg.norm(found - ours) / torch.linalg.norm(ours)
-    assert error < compressed.NEAR
+    assert relative(logits(model, random_tokens()), logits(wanted, random_tokens())) < 1e-5
 
 
 def test_the_command_calibrates_gptq_on_the_profiles_text(package, tmp_path):
@@ -158,6 +156,47 @@ def test_a_wrong_step_is_not_left(package, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="codes times steps are not its weight"):
         export(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_other_codes_than_ours_are_not_left(package, tmp_path, monkeypatch):
+    save, layer = compressed._save, "model.layers.1.mlp.up_proj"
+
+    def wrong(lm, codes, folder, *how):
+        save(lm, codes, folder, *how)
+        stored = load_file(folder / "model.safetensors")
+        stored[f"{layer}.weight_packed"][0, 0] ^= 1
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(compressed, "_save", wrong)
+    with pytest.raises(ExportError, match=f"{layer} is unpacked to other weights"):
+        export(tmp_path, packed=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_that_are_declared_otherwise_are_not_left(package, tmp_path, monkeypatch):
+    save = compressed._save
+
+    def wrong(lm, codes, folder, bits, symmetric, packed):
+        save(lm, codes, folder, "4-8-16", symmetric, packed)
+
+    monkeypatch.setattr(compressed, "_save", wrong)
+    with pytest.raises(ExportError, match="something else than our quantized model: logits differ"):
+        export(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_large_model_is_compared_on_its_first_layers(package, tmp_path, kind, monkeypatch):
+    compared, plain = [], checks.plain
+
+    def counted(folder, **options):
+        compared.append(plain(folder, **options))
+        return compared[-1]
+
+    monkeypatch.setattr(checks, "plain", counted)
+    monkeypatch.setattr(compressed_checks, "PARAMETERS", 1)
+    assert export(tmp_path, kind)["verified"]["logits"] < 1e-6
+    assert [len(models.layers(m)) for m in compared] == [2, 1]
 
 
 def test_other_bits_are_refused(package, tmp_path):

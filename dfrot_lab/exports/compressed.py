@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dfrot_lab import files, models, quantized_model
-from dfrot_lab.exports import checks, huggingface, workplaces
+from dfrot_lab.exports import checks, compressed_checks, huggingface, workplaces
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 from dfrot_lab.linears import InputQuantizer, QuantLinear, grid
 from dfrot_lab.quantized_model import ModelSpec
@@ -26,7 +26,6 @@ from dfrot_lab.quantizers import fake_quantize
 
 __all__ = ["FORMATS", "write"]
 
-NEAR = 0.05  # other activations, such as symmetric for asymmetric ones, differ by ten times that
 FORMATS = {False: "int-quantized", True: "pack-quantized"}
 
 
@@ -48,9 +47,9 @@ def write(
     bits: '4-4-16' or '4-8-16' (W-A-KV): weights symmetric per channel by `method` ("rtn", or "gptq" with
     `calibration` tokens [windows, seqlen]), activations dynamic per token, asymmetric unless `symmetric`;
     the head stays in floating point. packed: eight codes to an int32 instead of one to an int8. The
-    folder is loaded again by transformers, which quantizes activations as declared, and its logits are
-    compared with those of our quantized model. Raises ExportError where `target` exists, for other bits,
-    without the package, and for a checkpoint that computes something else.
+    folder is loaded again by transformers and compared with our quantized model, see `compressed_checks`.
+    Raises ExportError where `target` exists, for other bits, without the package, and for a checkpoint
+    that computes something else.
     """
     target = Path(target)
     if target.exists():
@@ -70,7 +69,7 @@ def write(
         if (again - weight).abs().max() > 8 * torch.finfo(stored.dtype).eps * weight.abs().max():
             raise ExportError(f"{name}: codes times steps are not its weight; please report this")
         weight.copy_(again)
-    wanted = checks.logits(_as_declared(built) if symmetric else built)
+    wanted = {name: module.weight.detach() for name, module in quantized.items()}
     with workplaces.beside(target) as work:
         folder = work / "model"
         lm = _unquantized(built, quantized)
@@ -81,14 +80,10 @@ def write(
             small = file.suffix in (".json", ".model", ".txt", ".jinja")
             if small and not (folder / file.name).exists() and not file.name.endswith("index.json"):
                 shutil.copyfile(file, folder / file.name)
-        found = checks.logits(checks.plain(folder))
-        # the weights are the same to the last bit; an activation on a tie may still go the other way
-        error = (torch.linalg.norm(found - wanted) / torch.linalg.norm(wanted)).item()
-        if not error <= NEAR:
-            raise ExportError(
-                f"{target} computes something else than our quantized model: logits differ by {error:.3g} "
-                f"(norm, relative; {NEAR:g} is allowed); it was deleted, please report this"
-            )
+        compressed_checks.same_weights(folder, wanted, dtype, target)
+        weights = sum(w.numel() for w in wanted.values())
+        declared = _as_declared if symmetric else None
+        error = compressed_checks.same_activations(folder, spec, weights, target, declared)
         about = record(source, recipe) | {"verified": {"logits": error}}
         about |= {"bits": bits, "method": method, "symmetric": symmetric, "format": FORMATS[packed]}
         about["merged"] = about["merged"] or ["gains"]
