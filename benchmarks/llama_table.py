@@ -66,16 +66,16 @@ def differences(table: dict[str, Any]) -> str:
     return _table([f"nll − nll of {BASELINE}", *kinds], lines)
 
 
-def put(page: Path, text: str) -> None:
-    """Replace what stands between the two lines `MARK` of `page`; ClickException where they are not two."""
-    parts = page.read_text(encoding="utf-8").split(MARK)
+def put(page: Path, text: str, mark: str = MARK) -> None:
+    """Replace what stands between the two lines `mark` of `page`; ClickException where they are not two."""
+    parts = page.read_text(encoding="utf-8").split(mark)
     if len(parts) != 3:
         raise click.ClickException(
-            f"{page} holds {len(parts) - 1} lines {MARK} where two are needed: put one before and one after "
+            f"{page} holds {len(parts) - 1} lines {mark} where two are needed: put one before and one after "
             "the place of the table"
         )
     with files.atomic(page) as partial:
-        partial.write_text(MARK.join((parts[0], f"\n{text}\n", parts[2])), encoding="utf-8")
+        partial.write_text(mark.join((parts[0], f"\n{text}\n", parts[2])), encoding="utf-8")
 
 
 def _kinds(table: dict[str, Any]) -> list[str]:
