@@ -36,7 +36,10 @@ PATH = click.Path(path_type=Path)
 
 
 def by_vllm(python: str, folder: Path, tokens: Tensor) -> dict[str, Any]:
-    """{vllm, nll}, or {says}: the error that ended it, as vLLM prints it."""
+    """{vllm, nll}, or {says}: what vLLM says to a checkpoint that it has no kernel for.
+
+    ClickException with the end of its output where something else ended it.
+    """
     script = Path(__file__).with_name("in_vllm.py")
     with tempfile.TemporaryDirectory() as work:
         asked, out = Path(work) / "tokens.json", Path(work) / "nll.json"
@@ -48,8 +51,7 @@ def by_vllm(python: str, folder: Path, tokens: Tensor) -> dict[str, Any]:
         )  # fmt: skip
         if done.returncode == 0:
             return files.read_json(out)
-    # the first is the cause; those after it say that something failed
-    found = re.search(r"\b([A-Z]\w*Error: .*)", done.stdout)
+    found = re.search(r"\b((?:NotImplementedError|ValueError): .*\bscheme\b.*)", done.stdout)
     if not found:
         raise click.ClickException(f"vLLM ended with {done.returncode}: {done.stdout[-2000:]}")
     return {"says": found[1].strip()}
@@ -117,6 +119,10 @@ def main(
 ) -> None:  # fmt: skip
     """Measure every checkpoint × engine that OUT lacks, and print the table."""
     torch.set_num_threads(threads)
+    if python and not Path(python).is_file():
+        raise click.ClickException(
+            f"--vllm {python}: no such file; give the Python of its environment"
+        )
     tokenizer = models.load_tokenizer(model)
     tokens = corpora.load(corpus, "evaluation", tokenizer, windows=windows, seqlen=seqlen)
     few = corpora.load(corpus, "calibration", tokenizer, windows=calibration, seqlen=2048)
@@ -129,6 +135,7 @@ def main(
     table = files.read_json(out) if out.exists() else {"about": about, "rows": []}
     if table["about"] != about:
         raise click.ClickException(f"{out} was measured with {table['about']}: choose another file")
+    table["rows"] = [r for r in table["rows"] if "vllm" in r or not python]
     done = {(r["bits"], r["row"]) for r in table["rows"]}
     rows = {"RH": "RH"} | ({"refined": refined} if refined else {})
     work.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import fcntl
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -117,7 +118,8 @@ def run(
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):  # the status still says how it ended
+        print(line, file=sys.stderr, flush=True)
 
 
 def _executor(name: str, root: Path) -> Path:
@@ -228,10 +230,12 @@ def _supervised(command: list[str], root: Path, environment: dict[str, str], loc
 
 
 def _unheard() -> bool:
-    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    """Whether standard output or standard error is a pipe that nobody reads any more (a terminal may go)."""
     poll = select.poll()
     for stream in (1, 2):
-        poll.register(stream, 0)  # errors are told unasked
+        with suppress(OSError):  # closed
+            if stat.S_ISFIFO(os.fstat(stream).st_mode):
+                poll.register(stream, 0)  # errors are told unasked
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +163,17 @@ def wait_for_jobs(folder: Path, say: Callable[[str], Any]) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what killed jobs have half written, unless a notebook run by hand holds a lock beside it."""
     for locks in folder.rglob(".locks"):
-        if all(_free(lock) for lock in locks.glob("*.lock")):
+        with ExitStack() as held:  # until the last file is gone
+            try:
+                for lock in locks.glob("*.lock"):
+                    held.enter_context(FileLock(lock, timeout=0))
+            except (Timeout, OSError):  # in use, or another user's
+                continue
             for name in ("artefacts", "measurements"):
                 for left in (locks.parent / name).rglob(".partial-*"):
-                    left.unlink(missing_ok=True)
-
-
-def _free(lock: Path) -> bool:
-    try:
-        with FileLock(lock, timeout=0):
-            return True
-    except Timeout:
-        return False
+                    if left.is_file():
+                        with suppress(OSError):
+                            left.unlink()
 
 
 def _record(folder: Path, since: int) -> None:

@@ -57,9 +57,9 @@ def measured(
 def differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every row of `measured` less RH's, or less the first where RH is not among them, paired.
 
-    {a, b, nll, tasks}: nats a token over windows (none of fewer than two), and by task accuracy and the
-    target's log-probability over items, each with its 95 % interval. Two models differ by less than the
-    standard error of one, which is that of the items they share.
+    {a, b, nll, tasks}: nats a token over windows, and by task accuracy and the target's log-probability over
+    items, each with its 95 % interval; None of fewer than two pairs. Models that share their items may differ
+    by less than the standard error of one and still be told apart.
     """
     names = [r["rotation"] for r in rows]
     base = rows[names.index("RH") if "RH" in names else 0]
@@ -69,12 +69,14 @@ def differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         both = zip(r["tasks"], base["tasks"], strict=True)
         tasks = [{"task": a["task"]} | {v: _paired(a[v], b[v]) for v in _EACH} for a, b in both]
-        nll = _paired(r["nll"], base["nll"]) if len(r["nll"]) > 1 else None
+        nll = _paired(r["nll"], base["nll"])
         out.append({"a": r["rotation"], "b": base["rotation"], "nll": nll, "tasks": tasks})
     return out
 
 
-def _paired(a: list[float], b: list[float]) -> dict[str, float]:
+def _paired(a: list[float], b: list[float]) -> dict[str, float] | None:
+    if len(a) < 2:
+        return None
     if all(map(math.isfinite, (*a, *b))):
         return evaluation.paired_difference(a, b)
     return dict.fromkeys(("mean", "low", "high"), math.nan) | {"n": len(a)}
@@ -127,13 +129,15 @@ def differences_table(found: list[dict[str, Any]]) -> Table:
     header += tuple(f"{t} [points]" for t in tasks) + tuple(f"{t}, log p" for t in tasks)
     body = []
     for d in found:
-        cells = [f"{d['a']} − {d['b']}", _interval(d["nll"], 1, 3) if d["nll"] else "one window"]
+        cells = [f"{d['a']} − {d['b']}", _interval(d["nll"], 1, 3)]
         cells += [_interval(t["correct"], 100, 1) for t in d["tasks"]]
         body.append((*cells, *(_interval(t["logp"], 1, 2) for t in d["tasks"])))
     title = "paired differences, 95 % intervals over windows and items"
     return Table(title, header, tuple(body), frozenset(range(1, len(header))))
 
 
-def _interval(d: dict[str, float], factor: float, digits: int) -> str:
+def _interval(d: dict[str, float] | None, factor: float, digits: int) -> str:
+    if d is None:
+        return "one pair"
     mean, low, high = (f"{factor * d[k]:.{digits}f}" for k in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"

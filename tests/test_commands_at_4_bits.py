@@ -98,7 +98,7 @@ def test_eval_tells_paired_differences(smoke, tmp_path):
             assert task["correct"]["mean"] == pytest.approx(accuracy) and task["correct"]["n"] == 4
     one = scores.differences([fp | {"nll": fp["nll"][:1]}, ro | {"nll": ro["nll"][:1]}])
     assert [(d["a"], d["b"], d["nll"]) for d in one] == [("RO", "FP", None)]
-    assert "one window" in str(scores.differences_table(one))
+    assert "one pair" in str(scores.differences_table(one))
 
 
 @pytest.mark.parametrize(

@@ -158,19 +158,49 @@ def test_a_wrong_step_is_not_left(package, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_codes_than_ours_are_not_left(package, tmp_path, monkeypatch):
-    save, layer = compressed._save, "model.layers.1.mlp.up_proj"
+@pytest.mark.parametrize(
+    ("kind", "tensor", "wrong"),
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight_packed", lambda w: w ^ (w == w[0, 0])),
+        ("llama", "model.layers.1.mlp.up_proj.weight_scale", lambda w: w * 1.01),
+        ("llama", "lm_head.weight", lambda w: w.roll(1, 0)),
+        ("llama", "model.norm.weight", lambda w: 2 * w),
+        ("qwen2", "model.layers.0.self_attn.q_proj.bias", lambda w: -w),
+    ],
+)
+def test_what_is_read_back_as_something_else_is_not_left(
+    package, tmp_path, monkeypatch, kind, tensor, wrong
+):
+    save = compressed._save
 
-    def wrong(lm, codes, folder, *how):
+    def altered(lm, codes, folder, *how):
         save(lm, codes, folder, *how)
         stored = load_file(folder / "model.safetensors")
-        stored[f"{layer}.weight_packed"][0, 0] ^= 1
+        stored[tensor] = wrong(stored[tensor])
         save_file(stored, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(compressed, "_save", wrong)
-    with pytest.raises(ExportError, match=f"{layer} is unpacked to other weights"):
-        export(tmp_path, packed=True)
+    monkeypatch.setattr(compressed, "_save", altered)
+    with pytest.raises(
+        ExportError, match=f"{tensor.split('_packed')[0].split('_scale')[0]} is read"
+    ):
+        export(tmp_path, kind, packed=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["rope_theta", "rms_norm_eps"])
+def test_another_config_is_not_left(package, tmp_path, monkeypatch, what):
+    save = compressed._save
+
+    def altered(lm, codes, folder, *how):
+        save(lm, codes, folder, *how)
+        config = json.loads((folder / "config.json").read_text())
+        where = config["rope_parameters"] if what == "rope_theta" else config
+        where[what] *= 10
+        (folder / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(compressed, "_save", altered)
+    with pytest.raises(ExportError, match="something else than our quantized model: logits differ"):
+        export(tmp_path)
 
 
 def test_activations_that_are_declared_otherwise_are_not_left(package, tmp_path, monkeypatch):

@@ -69,11 +69,11 @@ def write(
         if (again - weight).abs().max() > 8 * torch.finfo(stored.dtype).eps * weight.abs().max():
             raise ExportError(f"{name}: codes times steps are not its weight; please report this")
         weight.copy_(again)
-    wanted = {name: module.weight.detach() for name, module in quantized.items()}
     with workplaces.beside(target) as work:
         folder = work / "model"
         lm = _unquantized(built, quantized)
         lm.config = config
+        wanted = {n: w.to(getattr(torch, dtype)).float() for n, w in lm.state_dict().items()}
         lm.to(getattr(torch, dtype))
         _save(lm, codes, folder, bits, symmetric, packed)
         for file in source.folder.iterdir():
@@ -81,9 +81,9 @@ def write(
             if small and not (folder / file.name).exists() and not file.name.endswith("index.json"):
                 shutil.copyfile(file, folder / file.name)
         compressed_checks.same_weights(folder, wanted, dtype, target)
-        weights = sum(w.numel() for w in wanted.values())
+        weights = sum(code.numel() for code, _ in codes.values())
         declared = _as_declared if symmetric else None
-        error = compressed_checks.same_activations(folder, spec, weights, target, declared)
+        error = compressed_checks.same_logits(folder, spec, config, weights, target, declared)
         about = record(source, recipe) | {"verified": {"logits": error}}
         about |= {"bits": bits, "method": method, "symmetric": symmetric, "format": FORMATS[packed]}
         about["merged"] = about["merged"] or ["gains"]

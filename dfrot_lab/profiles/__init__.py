@@ -11,7 +11,7 @@ from dfrot_lab.files import project_root
 
 __all__ = ["ProfileError", "check", "load", "names", "notebook_parameters"]
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).resolve().parent
 _SECTIONS = ("base", "common", "notebooks", "rotations", "resources")
 STARTS = ("RH", "RO")  # of rotations that are refined
 
@@ -61,7 +61,7 @@ def load(profile: str) -> dict[str, Any]:
                 f"profile {profile!r}: {section} = {found[section]!r} is not a mapping of names to values"
             )
     # what a file leaves out are the notebooks' own values, and those are the demo's
-    base = found["base"] or ("demo" if path(profile).parent != _HERE else None)
+    base = found["base"] or ("demo" if path(profile).resolve().parent != _HERE else None)
     below = load(base) if base else None
     known = [p.stem for p in sorted((project_root() / "notebooks").glob("[0-9]*.ipynb"))]
     known += below["notebooks"] if below else []
