@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic", "project_root", "read_json", "sha256", "sweep", "write_json"]
+__all__ = ["atomic", "project_root", "read_json", "readable", "sha256", "sweep", "write_json"]
 
 
 @contextmanager
@@ -33,10 +33,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        # mkstemp's 0600 would lock out other users of a shared folder
-        partial.chmod(0o666 & ~umask)
+        readable(partial)
         os.replace(partial, path)
     except OSError as error:
         if error.errno and (error.filename is None or Path(error.filename) == partial):
@@ -44,6 +41,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def readable(path: Path) -> None:
+    """Give a file, or a folder and all in it, the permissions that new ones have.
+
+    What mkstemp, mkdtemp and safetensors make is their owner's alone, which would lock out other users of a
+    shared folder.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
 
 
 def _while_writing(path: Path, error: OSError) -> OSError:

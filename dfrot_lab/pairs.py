@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dfrot_lab import pictures, tolerances
+from dfrot_lab.tables import of_the_paper
 from dfrot_lab.tolerances import Difference
 from dfrot_lab.verdicts import Line
 
@@ -68,6 +69,7 @@ def rest(pair: Pair, wrong: list[Difference]) -> list[Line]:
     """Lines for all numbers together, the claims, and the files of tables."""
     claims = [d for d in wrong if _top(d) == "claims"]
     count = len(pair.theirs.get("claims") or [])
+    said = [c for c in pair.theirs.get("claims") or [] if of_the_paper(c)]
     lines = []
     if wrong:
         lines.append(Line("numbers", "result.json", "differs", worst(wrong), wrong))
@@ -79,10 +81,12 @@ def rest(pair: Pair, wrong: list[Difference]) -> list[Line]:
     if claims:
         lines.append(Line("claims", "claims", "differs", worst(claims), claims))
     elif count:
-        agree = sum(bool(c.get("agrees")) for c in pair.theirs["claims"])
-        lines.append(
-            Line("claims", "claims", "reproduced", f"({agree} of {count} agree with the paper)")
-        )
+        agree = sum(bool(c["agrees"]) for c in said)
+        held = f"({agree} of the paper's {len(said)} agree"
+        if len(said) < count:
+            ours = sum(bool(c["agrees"]) for c in pair.theirs["claims"]) - agree
+            held += f"; {ours} of {count - len(said)} that it does not make hold"
+        lines.append(Line("claims", "claims", "reproduced", f"{held})"))
     ours, theirs = pictures.files_of(pair.home), pictures.files_of(pair.reference)
     for name in sorted(n for n in theirs if n.startswith("tables_")):
         if name not in ours:

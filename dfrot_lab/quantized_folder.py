@@ -16,7 +16,7 @@ from typing import Any
 from dfrot_kernels import hadamard
 from torch import nn
 
-from dfrot_lab import models, quantized_model
+from dfrot_lab import files, models, quantized_model
 from dfrot_lab.quantized_model import ModelSpec
 
 __all__ = ["FolderError", "load", "save"]
@@ -51,9 +51,7 @@ def save(model: nn.Module, tokenizer: Any, folder: str | Path, about: dict[str, 
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+        files.readable(partial)
         os.replace(partial, folder)
     finally:
         delattr(model.config, KEY)

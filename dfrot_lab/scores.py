@@ -115,7 +115,8 @@ def scores_table(rows: list[dict[str, Any]]) -> Table:
             cells.append(f"{100 * p:.1f} ± {100 * error:.1f}")
         cells += [f"{t['target_logp']:.3f}" for t in r["tasks"]]
         body.append(tuple(cells))
-    title = f"{rows[0]['windows']} evaluation windows"
+    windows = rows[0]["windows"]
+    title = f"{windows} evaluation window{'s' if windows > 1 else ''}"
     if tasks:
         items = ", ".join(f"{t['items']} items of {t['task']}" for t in tasks)
         title += f"; lm-eval {tasks[0]['lm_eval']}, {items}"

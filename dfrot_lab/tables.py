@@ -20,6 +20,7 @@ __all__ = [
     "claims_table",
     "intervals_table",
     "methods_table",
+    "of_the_paper",
     "paper_table",
     "perplexity_table",
 ]
@@ -101,15 +102,19 @@ class Table:
         return "\n".join(out if self.rows else [*out, "nothing to show"])
 
 
+def of_the_paper(claim: dict[str, Any]) -> bool:
+    """Whether the paper makes this claim: what it does not say can hold or not, but cannot agree with it."""
+    return not claim["paper"].startswith(("not ", "left open"))
+
+
 def claims_table(result: dict[str, Any]) -> Table:
     """What the paper says, what we see, by which rule they agree, and whether they do."""
     rows = tuple(
         (c["claim"], c["paper"], c["ours"], c["rule"], "yes" if c["agrees"] else "no")
         for c in _part(result, "claims")
     )  # fmt: skip
-    # what the paper does not say can hold or not, but cannot agree with it
-    said = [row for row in rows if not row[1].startswith("not ")]
-    agreed = sum(row[-1] == "yes" for row in said)
+    said = [c for c in result["claims"] if of_the_paper(c)]
+    agreed = sum(bool(c["agrees"]) for c in said)
     title = f"Against the paper: {agreed} of {len(said)} claims agree"
     if len(said) < len(rows):
         held = sum(row[-1] == "yes" for row in rows) - agreed

@@ -217,6 +217,21 @@ def test_a_folder_of_quantize_is_no_source(rotation, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["hf", "gguf", "compressed", "rotation"])
+@pytest.mark.parametrize("name", ["./nofolder", "nofile.gguf", "some/nofile.gguf", "a/folder/x"])
+def test_a_misspelled_model_is_named(kind, name, tmp_path):
+    how = ("--profile", "smoke", "--folder", tmp_path / "lab") if kind == "rotation" else ()
+    how = how or ("--rotation", "RH")
+    done = invoke("export", kind, "--model", name, *how, "--out", tmp_path / "out.gguf")
+    assert done.exit_code == 1 and not (tmp_path / "out.gguf").exists()
+    said = (
+        f"model file {name} does not exist"
+        if name.endswith("gguf")
+        else f"model '{name}' is neither"
+    )
+    assert said in done.output, (done.output, done.exception)
+
+
 @pytest.mark.parametrize("part", ["R4", "heads"])
 def test_a_checkpoint_with_an_online_hadamard_is_no_source(part, saved, tmp_path):
     source = saved()

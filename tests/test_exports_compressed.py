@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -91,6 +92,15 @@ def test_symmetric_activations_are_the_packages_not_ours(package, tmp_path):
     assert torch.equal(quantizers.fake_quantize(x, QuantSpec(symmetric=True)), x)
     about = export(tmp_path, symmetric=True)
     assert about["symmetric"] is True and about["verified"]["logits"] < 1e-5
+
+
+def test_a_packed_export_warns_of_nothing_and_can_be_read_by_others(package, tmp_path, capfd):
+    export(tmp_path, packed=True)
+    assert "may fail" not in "".join(capfd.readouterr())
+    others = [p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert set(others) == {0o666 & ~umask}
 
 
 def test_bfloat16_stays(package, tmp_path):

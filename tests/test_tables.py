@@ -36,6 +36,15 @@ ROWS = {
 }
 
 
+def test_what_the_paper_leaves_open_does_not_agree_with_it():
+    left = [
+        CLAIMS["claims"][0] | {"paper": paper, "agrees": agrees}
+        for paper, agrees in (("left open", True), ("not claimed: …", False), ("assumed", True))
+    ]
+    title = tables.claims_table({"claims": CLAIMS["claims"] + left}).title
+    assert title.endswith("2 of 3 claims agree; 1 of 2 that it does not make hold")
+
+
 def test_claims_end_in_yes_or_no():
     table = tables.claims_table(CLAIMS)
     assert table.title.endswith("1 of 2 claims agree")

@@ -25,7 +25,8 @@ def _model(function):
 
 def _rotation(function):
     text = "NR (none), RO, RH, RH2, or a .safetensors file from `optimize` or `export rotation`."
-    seed = click.option("--seed", type=int, default=0, help="Of a rotation given by name.")
+    kind = click.IntRange(min=0)
+    seed = click.option("--seed", type=kind, default=0, help="Of a rotation given by name.")
     r2 = click.option("--r2/--no-r2", default=True, help="Also R2, the values of every head.")
     return click.option("--rotation", required=True, help=text)(seed(r2(function)))
 

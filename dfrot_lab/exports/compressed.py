@@ -90,6 +90,7 @@ def write(
         written = files.read_json(folder / "config.json") | {"dfrot_export": about}
         files.write_json(folder / "config.json", written | {"dfrot_merged": about["merged"]})
         checks.recorded(folder, about, target)
+        files.readable(folder)
         os.replace(folder, target)
     return about
 
@@ -180,7 +181,8 @@ def _save(lm, codes: dict, folder: Path, bits: str, symmetric: bool, packed: boo
         scale = lm.get_submodule(name).weight_scale
         scale.copy_(step[:, None].to(scale.dtype))
     compressor = ModelCompressor.from_pretrained_model(lm, FORMATS[packed])
-    compressor.compress_model(lm)
+    with compressed_checks.quiet():
+        compressor.compress_model(lm)
     stored = {n: lm.get_submodule(n) for n in codes}
     for name, (code, _) in codes.items():
         if not packed and not torch.equal(stored[name].weight, code):

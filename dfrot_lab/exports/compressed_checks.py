@@ -9,7 +9,8 @@ the last digit, so that is what is compared, on as many of the first layers as h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dfrot_lab.exports import checks
 from dfrot_lab.exports.sources import ExportError
 from dfrot_lab.quantized_model import ModelSpec
 
-__all__ = ["EXACT", "ours", "same_logits", "same_weights", "unpacked"]
+__all__ = ["EXACT", "ours", "quiet", "same_logits", "same_weights", "unpacked"]
 
 PARAMETERS = 500_000_000  # 4 GB in fp64, three times over
 EXACT = (
@@ -29,10 +30,25 @@ EXACT = (
 )
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the package's warning, for every linear, that another format was expected."""
+    from loguru import logger
+
+    logger.disable("compressed_tensors.compressors.format")
+    try:
+        yield
+    finally:
+        logger.enable("compressed_tensors.compressors.format")
+
+
 def unpacked(folder: Path, **options) -> nn.Module:
     """The model in `folder` as transformers alone loads it, its weights no longer packed."""
-    model = checks.plain(folder, **options)
-    checks.logits(model)  # compressed-tensors unpacks at the first forward pass of the whole model
+    with quiet():
+        model = checks.plain(folder, **options)
+        checks.logits(
+            model
+        )  # compressed-tensors unpacks at the first forward pass of the whole model
     return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dfrot_lab.tables import Table
+from dfrot_lab.tables import Table, of_the_paper
 
 __all__ = ["Finding", "Verdict", "findings", "same_order", "verdicts"]
 
@@ -45,7 +45,7 @@ class Verdict:
 
 def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
     """The claims of a result, sorted into the paper's and ours as `tables.claims_table` does."""
-    return [Verdict(c, not c["paper"].startswith("not ")) for c in result["claims"]]
+    return [Verdict(c, of_the_paper(c)) for c in result["claims"]]
 
 
 def findings(results: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
