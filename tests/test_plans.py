@@ -76,8 +76,7 @@ def test_what_make_figures_runs_comes_first_and_every_notebook_is_there():
 
 def test_estimates_stand_beside_what_was_measured():
     lines = plans.plan("demo", models.tiny("llama").config, SPEED).lines()
-    assert [line.split()[0] for line in lines if "not measured" in line] == ["10_zero_shot"]
-    assert sum("demo on two cores: measured" in line for line in lines) == 5
+    assert sum("demo on two idle cores: measured" in line for line in lines) == 6
 
 
 def test_more_windows_seeds_and_slower_machines_take_longer(tmp_path):

@@ -110,7 +110,10 @@ def batch(
 @click.command()
 @options.profile
 def plan(profile: str) -> None:
-    """Say what `make figures` of a profile, and its other notebooks, will take; runs none of them."""
+    """Say what `make figures` of a profile, and its other notebooks, will take; runs none of them.
+
+    It times this machine for a minute or so: whatever else runs makes the estimates longer.
+    """
     options.check(profile)
     told = f"timing one and two layers of the shape of {profiles.load(profile)['common']['model']!r} here"
     click.echo(f"{told}: forward pass, quantizing, GPTQ, refinement", err=True)
