@@ -19,16 +19,17 @@ ROOT = Path(__file__).parents[1]
 
 def fake_vllm(folder: Path) -> Path:
     """An interpreter that refuses 4-bit activations and else gives one nat a token."""
-    script = folder / "python"
-    script.write_text(
-        f"""#!{sys.executable}
-import json, sys
+    script, code = folder / "python", folder / "vllm.py"
+    # not in the first line of a script, where a path with a space is cut
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{code}" "$@"\n')
+    code.write_text(
+        """import json, sys
 _, _, model, tokens, out = sys.argv
 config = json.load(open(model + "/config.json"))
-groups = config.get("quantization_config", {{}}).get("config_groups", {{}})
+groups = config.get("quantization_config", {}).get("config_groups", {})
 if any(g["input_activations"]["num_bits"] == 4 for g in groups.values()):
     print("x\\nValueError: no scheme for W4A4\\nRuntimeError: failed"); sys.exit(1)
-json.dump({{"vllm": "0", "nll": [1.0 for _ in json.load(open(tokens))]}}, open(out, "w"))
+json.dump({"vllm": "0", "nll": [1.0 for _ in json.load(open(tokens))]}, open(out, "w"))
 """
     )
     script.chmod(0o755)

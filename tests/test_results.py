@@ -26,7 +26,8 @@ def test_provenance_says_what_made_it_and_nothing_about_where(tmp_path):
     found = json.loads((tmp_path / "provenance.json").read_text())
     assert found["parameters"] == {"seed": 0} and found["inputs"] == {"assets": {"a": "b"}}
     assert {"commit", "dirty", "versions", "threads", "seconds", "peak_memory_MiB"} <= set(found)
-    assert found["versions"]["torch"] == torch.__version__
+    # the wheels with CUDA are 2.13.0 to pip and 2.13.0+cu130 to themselves
+    assert torch.__version__.startswith(found["versions"]["torch"])
     assert str(tmp_path) not in json.dumps(found)
 
 
