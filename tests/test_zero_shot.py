@@ -189,7 +189,8 @@ def test_the_demo_model_knows_more_in_floating_point(tmp_path):
             zero_shot.measure(lab, name, task=task, bits="4-4-16", items=100)
             for name in ("FP", "RH")
         )
-        assert fp["accuracy"] > rh["accuracy"] and fp["target_logp"] > rh["target_logp"]
+        # two accuracies of 100 items have standard errors of 0.05 each: the log-probability tells them apart
+        assert fp["target_logp"] > rh["target_logp"]
         assert fp["accuracy"] > (0.1 if task == "last_word" else 0.45)
         kept = json.loads(next(tmp_path.glob("measurements/zero-shot-*.json")).read_text())
         assert len(kept["logp"]) == 100
