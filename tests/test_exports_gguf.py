@@ -330,6 +330,6 @@ def test_the_demo_vocabulary_is_read_as_its_own_gguf_has_it(tmp_path):
     for part in ("model", "tokens", "merges", "bos_token_id", "eos_token_id"):
         name = f"tokenizer.ggml.{part}"
         assert value(found, name) == value(wanted, name), name
-    # transformers reads a GGUF's vocabulary with GPT-2's pre-tokenizer, whose pieces no merge of digits follows
+    # transformers reads a GGUF's vocabulary with GPT-2's pre-tokenizer; no merge joins digits, so ids agree
     assert value(wanted, "tokenizer.ggml.pre") == "smollm"
     assert value(found, "tokenizer.ggml.pre") == "gpt-2"
