@@ -28,7 +28,7 @@ def test_every_method_is_measured_at_every_setting(measured):
     output, found, *_ = measured
     rows = found["rows"]
     cells = {(r["method"], r["bits"], r["weights"], r["seed"]) for r in rows}
-    assert len(rows) == len(cells) == 4 * 3 * 2
+    assert len(rows) == len(cells) == (4 + 4 + 3) * 2
     assert all(len(r["nll"]) == 2 for r in rows) and found["about"]["windows"] == [2, 3]
     assert recommended.markdown(rows) in output
 
