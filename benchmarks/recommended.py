@@ -10,7 +10,6 @@ measures the rest.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +18,18 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from benchmarks import llama_table
-from dfrot_lab import evaluation, files, kept_files
+from benchmarks import pages
+from benchmarks.pages import NONE
+from dfrot_lab import files, kept_files
 from dfrot_lab.cli import options
 from dfrot_lab.evaluation import Perplexity
 from dfrot_lab.lab import Lab
 from dfrot_lab.presets import PRESETS
+from dfrot_lab.studies.perplexities import paired
 
 MARK = "<!-- benchmarks/recommended.py -->"
 METHODS = ("RH", "dfrot", "as released", "recommended")
-BASE, NONE = "dfrot", "–"
+BASE = "dfrot"
 SETTINGS = (("16-4-16", "rtn"), ("4-4-16", "rtn"), ("4-4-16", "gptq-shared"))
 PATH = click.Path(path_type=Path)
 
@@ -49,54 +50,38 @@ def measure(lab: Lab, method: str, seed: int, bits: str, weights: str, first: in
     else:
         name = str(released(lab, seed))
     found = lab.perplexity(name, seed, bits=bits, windows=last, method=weights)
-    row = {"method": method, "seed": seed, "bits": bits, "weights": weights}
+    row = {"rotation": method, "keep": "none", "seed": seed, "bits": bits, "weights": weights}
     return row | {"nll": found["nll"][first - 1 :]}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Perplexity, mean ± sd over seeds, and under it nll − nll of `BASE` with its interval over windows."""
-    settings = [s for s in SETTINGS if _of(rows, BASE, *s)]
-    head = ["", *(_named(*s) for s in settings)]
-    lines = [head, ["---"] * len(head)]
-    for method in METHODS:
-        cells = [_of(rows, method, *s) for s in settings]
-        lines.append([method])
-        for nll in cells:
-            if not nll:
-                lines[-1].append(NONE)
-                continue
-            s = evaluation.spread([Perplexity(one).value for one in nll])
-            lines[-1].append(f"{s['mean']:.2f} ± {s['sd']:.2f}")
-    for method in METHODS:
-        if method == BASE:
-            continue
+    found = {s: [r for r in rows if (r["bits"], r["weights"]) == s] for s in SETTINGS}
+    found = {s: those for s, those in found.items() if those}
+    lines = [
+        [
+            m,
+            *(
+                pages.mean_sd([Perplexity(n).value for n in _nll(those, m)], 2)
+                for those in found.values()
+            ),
+        ]
+        for m in METHODS
+    ]
+    for method in (m for m in METHODS if m != BASE):
         lines.append([f"{method} − {BASE}, nats a token"])
-        for s in settings:
-            pair = [_of(rows, m, *s) for m in (method, BASE)]
-            if not all(pair):
-                lines[-1].append(NONE)
-                continue
-            one, two = map(_by_window, pair)
-            d = evaluation.paired_difference(one, two)
-            text = f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-            lines[-1].append(text.replace("-", "−"))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        for those in found.values():
+            d = paired(those, (method, "none"), (BASE, "none")) if _nll(those, method) else None
+            lines[-1].append(pages.interval(d, 3) if d else NONE)
+    return pages.table(["", *(_named(*s) for s in found)], lines)
 
 
 def _named(bits: str, weights: str) -> str:
-    if bits.startswith("16"):
-        return bits
-    return f"{bits}, {'RTN' if weights == 'rtn' else 'GPTQ'}"
+    return bits if bits.startswith("16") else f"{bits}, {'RTN' if weights == 'rtn' else 'GPTQ'}"
 
 
-def _of(rows: Sequence[dict[str, Any]], method: str, bits: str, weights: str) -> list[list[float]]:
-    asked = {"method": method, "bits": bits, "weights": weights}
-    return [r["nll"] for r in rows if r | asked == r]
-
-
-def _by_window(nll: Sequence[Sequence[float]]) -> list[float]:
-    """Means over seeds: seeds on the same windows are no independent pairs."""
-    return [statistics.fmean(window) for window in zip(*nll, strict=True)]
+def _nll(rows: Sequence[dict[str, Any]], method: str) -> list[list[float]]:
+    return [r["nll"] for r in rows if r["rotation"] == method]
 
 
 @click.command(context_settings={"show_default": True})
@@ -112,8 +97,7 @@ def main(profile, folder, seeds, first, last, gptq, page, out) -> None:
     """Measure what the lab's folder lacks, print the table."""
     if not 1 <= first < last:
         raise click.UsageError("--first, --last: an interval needs two windows, counted from 1")
-    lab, rows = options.lab(profile, folder), []
-    shared = options.quantizing(profile, folder)  # the Hessians of notebooks 5, 9 and 10
+    lab, rows = options.quantizing(profile, folder), []
     asked = SETTINGS if gptq else [how for how in SETTINGS if how[1] == "rtn"]
     grid = [
         (m, int(s), *how)
@@ -123,14 +107,11 @@ def main(profile, folder, seeds, first, last, gptq, page, out) -> None:
         if m != "as released" or how[1] == "rtn"  # a minute a row
     ]
     with kept_files.recording(lab.folder):
-        for m, s, bits, how in tqdm(grid, desc="recommended", unit="row"):
-            rows.append(measure(lab if how == "rtn" else shared, m, s, bits, how, first, last))
+        for job in tqdm(grid, desc="recommended", unit="row"):
+            rows.append(measure(lab, *job, first, last))
     about = lab.about | {"windows": [first, last]}
     files.write_json(out, {"about": about, "rows": rows})
-    text = markdown(rows)
-    click.echo(text)
-    if page:
-        llama_table.put(page, text, MARK)
+    pages.publish(markdown(rows), page, MARK)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import records
+from benchmarks import pages, records
 from dfrot_lab import activations, dfrot, kept_files, owners, results, rotations
 from dfrot_lab.activations import Activations
 from dfrot_lab.artefacts import MODEL_CODE, ROTATION_CODE
 from dfrot_lab.cli import options
-from dfrot_lab.evaluation import Perplexity, spread
+from dfrot_lab.evaluation import Perplexity
 from dfrot_lab.lab import Lab
 from dfrot_lab.quantizers import QuantSpec
 from dfrot_lab.studies.perplexities import paired
@@ -166,18 +166,6 @@ class Bench:
 # --- tables ----------------------------------------------------------------------------------------
 
 
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table as markdown has it."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def mean_sd(values: list[float], digits: int) -> str:
-    """Mean ± sample standard deviation."""
-    found = spread(values)
-    return f"{found['mean']:.{digits}f} ± {found['sd']:.{digits}f}"
-
-
 def by_perplexity(rows: list[dict[str, Any]], plan: Plan) -> str:
     """How each R1 was made, what it took, what it gives; intervals over windows against `svd`."""
     part = [
@@ -195,13 +183,13 @@ def by_perplexity(rows: list[dict[str, Any]], plan: Plan) -> str:
     for way, name in names.items():
         these = [r for r in part if r["way"] == way]
         d = paired(part, (way, "none"), ("svd", "none"))
-        gap = f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" if way != "svd" else "–"
+        gap = pages.interval(d, 4) if way != "svd" else pages.NONE
         took = [f"{statistics.fmean(r[k] for r in these):,.0f}" for k in ("rows", "steps")]
         seconds = f"{statistics.median(r['seconds'] for r in these):.1f}"
-        loss = mean_sd([1e3 * r["held"] for r in these], 3)
-        out.append((name, *took, seconds, loss, mean_sd([r["ppl"] for r in these], 2), gap))
+        loss = pages.mean_sd([1e3 * r["held"] for r in these], 3)
+        out.append((name, *took, seconds, loss, pages.mean_sd([r["ppl"] for r in these], 2), gap))
     header = ("R1", "rows", "steps", "s", "held-back loss × 10³", f"perplexity, {plan.bits}")
-    return markdown((*header, "Δnll to svd"), out)
+    return pages.table((*header, "Δnll to svd"), out)
 
 
 def by_sampling(rows: list[dict[str, Any]], plan: Plan) -> str:
@@ -214,9 +202,9 @@ def by_sampling(rows: list[dict[str, Any]], plan: Plan) -> str:
     }
     for way, these in groups.items():
         used = f"{statistics.fmean(r['rows'] for r in these):,.0f}"
-        ratios = mean_sd([r["held"] / whole[r["seed"]] for r in these], 4)
-        out.append((way, used, mean_sd([1e3 * r["held"] for r in these], 3), ratios))
-    return markdown(("rows", "how many", "held-back loss × 10³", "over that of all rows"), out)
+        ratios = pages.mean_sd([r["held"] / whole[r["seed"]] for r in these], 4)
+        out.append((way, used, pages.mean_sd([1e3 * r["held"] for r in these], 3), ratios))
+    return pages.table(("rows", "how many", "held-back loss × 10³", "over that of all rows"), out)
 
 
 def by_stop(rows: list[dict[str, Any]], plan: Plan) -> str:
@@ -229,12 +217,12 @@ def by_stop(rows: list[dict[str, Any]], plan: Plan) -> str:
         ends = f"{statistics.fmean(steps):.0f} ({min(steps)}–{max(steps)})"
         saved = f"{plan.limit - statistics.fmean(steps):.0f}"
         given = [
-            mean_sd([100 * (r[kind] / full[kind] - 1) for r, full in pairs], 2) + " %"
+            pages.mean_sd([100 * (r[kind] / full[kind] - 1) for r, full in pairs], 2) + " %"
             for kind in ("loss", "held")
         ]
         out.append((f"{omega:g}", f"{stop:g}", ends, saved, *given))
     header = ("ω", "`stop`", "ends after", f"saved of {plan.limit} steps", "loss given up")
-    return markdown((*header, "held back"), out)
+    return pages.table((*header, "held back"), out)
 
 
 # --- the file --------------------------------------------------------------------------------------

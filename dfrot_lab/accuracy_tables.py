@@ -7,7 +7,7 @@ from typing import Any
 
 from dfrot_lab import paper
 from dfrot_lab.results import ResultError
-from dfrot_lab.tables import Table
+from dfrot_lab.tables import Table, interval
 
 __all__ = [
     "accuracy_table",
@@ -185,12 +185,8 @@ def _nats(r: dict[str, Any]) -> str:
 
 def _interval(r: dict[str, Any], scale: float, digits: int) -> str:
     """'53.0 [48.6, 57.4] ± 0.6'; no sd of one seed."""
-    if not math.isfinite(float(r["mean"])):
-        return "no number"
-    mean, low, high, sd = (
-        f"{scale * float(r[k]):.{digits}f}" for k in ("mean", "low", "high", "sd")
-    )
-    return f"{mean} [{low}, {high}]" + (f" ± {sd}" if len(r["by_seed"]) > 1 else "")
+    sd = math.isfinite(float(r["mean"])) and len(r["by_seed"]) > 1
+    return interval(r, scale, digits) + (f" ± {scale * float(r['sd']):.{digits}f}" if sd else "")
 
 
 def _tau(r: dict[str, Any], of: str) -> str:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from dfrot_lab import models, rotations
+from dfrot_lab import files, models, rotations
 from dfrot_lab.models import Architecture, ModelError
 from dfrot_lab.rotations import RotationError, Rotations
 
@@ -59,21 +59,19 @@ def merge(source: str | Path, target: str | Path, rotation: Rotations) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
     try:
         with ExitStack() as stack:
-            files = {n: stack.enter_context(safe_open(source / n, framework="pt")) for n in names}
-            where = {k: f for f in files.values() for k in list(f.keys())}
+            opened = {n: stack.enter_context(safe_open(source / n, framework="pt")) for n in names}
+            where = {k: f for f in opened.values() for k in list(f.keys())}
             tensors = _Tensors(config, row, rotation, where)
             bar = stack.enter_context(
                 tqdm(total=len(tensors.where), desc="merging", unit="tensor", mininterval=2)
             )
             placed = {}
-            for name, file in files.items():
+            for name, file in opened.items():
                 placed |= dict.fromkeys(tensors.write(partial / name, file, bar), name)
         done = ["gains"]
         done += [n for n in ("R1", "R2") if getattr(rotation, n) is not None]
         _finish(source, partial, config | {"dfrot_merged": done}, placed)
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+        files.readable(partial)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -122,14 +122,16 @@ def paired_difference(
 ) -> dict[str, float]:
     """Mean of a_i − b_i with its Student-t confidence interval; a pair shares a window.
 
-    Average over seeds first: seeds on the same windows are no independent pairs. Raises ValueError
-    for unequal lengths or fewer than two pairs.
+    Average over seeds first: seeds on the same windows are no independent pairs. NaN where a model that
+    overflows gives no number. Raises ValueError for unequal lengths or fewer than two pairs.
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(
             f"{len(a)} and {len(b)} values: a paired interval needs two equal lists, ≥ 2 long"
         )
     d = [x - y for x, y in zip(a, b, strict=True)]
+    if not all(map(math.isfinite, d)):
+        return dict.fromkeys(("mean", "low", "high"), math.nan) | {"n": len(d)}
     mean = statistics.fmean(d)
     quantile = float(student.ppf((1 + confidence) / 2, len(d) - 1))
     half = quantile * statistics.stdev(d) / math.sqrt(len(d))

@@ -8,7 +8,7 @@ from typing import Any
 
 from dfrot_lab import evaluation, quantized_folder, zero_shot
 from dfrot_lab.lab import Lab
-from dfrot_lab.tables import Table
+from dfrot_lab.tables import Table, interval
 
 __all__ = ["differences", "differences_table", "measured", "of_folder", "scores_table"]
 
@@ -75,11 +75,7 @@ def differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _paired(a: list[float], b: list[float]) -> dict[str, float] | None:
-    if len(a) < 2:
-        return None
-    if all(map(math.isfinite, (*a, *b))):
-        return evaluation.paired_difference(a, b)
-    return dict.fromkeys(("mean", "low", "high"), math.nan) | {"n": len(a)}
+    return evaluation.paired_difference(a, b) if len(a) > 1 else None
 
 
 def of_folder(
@@ -137,8 +133,5 @@ def differences_table(found: list[dict[str, Any]]) -> Table:
     return Table(title, header, tuple(body), frozenset(range(1, len(header))))
 
 
-def _interval(d: dict[str, float] | None, factor: float, digits: int) -> str:
-    if d is None:
-        return "one pair"
-    mean, low, high = (f"{factor * d[k]:.{digits}f}" for k in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def _interval(d: dict[str, float] | None, scale: float, digits: int) -> str:
+    return interval(d, scale, digits) if d else "one pair"

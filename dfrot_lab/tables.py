@@ -18,6 +18,7 @@ from dfrot_lab.results import ResultError
 __all__ = [
     "Table",
     "claims_table",
+    "interval",
     "intervals_table",
     "methods_table",
     "of_the_paper",
@@ -100,6 +101,14 @@ class Table:
             if not k:
                 out.append("  ".join("-" * w for w in widths))
         return "\n".join(out if self.rows else [*out, "nothing to show"])
+
+
+def interval(d: dict[str, Any], scale: float, digits: int) -> str:
+    """'53.0 [48.6, 57.4]': mean and 95 % interval, times `scale`; 'no number' where a model overflows."""
+    mean, low, high = (scale * float(d[k]) for k in ("mean", "low", "high"))
+    if not math.isfinite(mean):
+        return "no number"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def of_the_paper(claim: dict[str, Any]) -> bool:

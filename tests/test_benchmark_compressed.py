@@ -56,7 +56,8 @@ def test_every_engine_is_asked_once(tmp_path):
     again = CliRunner().invoke(compressed.main, ask)
     assert again.exit_code == 0 and "FP, RH" not in again.output  # nothing is measured twice
     other = CliRunner().invoke(compressed.main, [*ask, "--windows", "1"])
-    assert other.exit_code == 1 and "choose another file" in other.output
+    assert other.exit_code == 1 and "windows was 2 and is 1 now" in other.output
+    assert "use another --out" in other.output
 
 
 def test_an_engine_that_ends_without_an_error_is_told(tmp_path):

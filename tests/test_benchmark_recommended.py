@@ -27,7 +27,7 @@ def measured(tmp_path_factory):
 def test_every_method_is_measured_at_every_setting(measured):
     output, found, *_ = measured
     rows = found["rows"]
-    cells = {(r["method"], r["bits"], r["weights"], r["seed"]) for r in rows}
+    cells = {(r["rotation"], r["bits"], r["weights"], r["seed"]) for r in rows}
     assert len(rows) == len(cells) == (4 + 4 + 3) * 2
     assert all(len(r["nll"]) == 2 for r in rows) and found["about"]["windows"] == [2, 3]
     assert recommended.markdown(rows) in output
@@ -35,10 +35,11 @@ def test_every_method_is_measured_at_every_setting(measured):
 
 def test_differences_are_paired_by_window_after_the_mean_over_seeds():
     rows = [
-        {"method": m, "seed": s, "bits": b, "weights": w, "nll": [3.0 + i + s, 4.0 + 2 * i + s]}
+        {"rotation": m, "keep": "none", "seed": seed, "bits": bits, "weights": weights}
+        | {"nll": [3.0 + i + seed, 4.0 + 2 * i + seed]}
         for i, m in enumerate(recommended.METHODS)
-        for s in (0, 1)
-        for b, w in recommended.SETTINGS
+        for seed in (0, 1)
+        for bits, weights in recommended.SETTINGS
     ]
     line = recommended.markdown(rows).splitlines()[-1]
     d = evaluation.paired_difference([6.5, 10.5], [4.5, 6.5])

@@ -12,7 +12,7 @@ import torch
 from conftest import logits, random_tokens, relative
 from gguf import quants
 
-from benchmarks import llama_formats, llama_table
+from benchmarks import llama_formats, llama_table, pages
 from benchmarks.llama_formats import Variant
 from dfrot_lab import corpora, evaluation, files, models, rotations
 from dfrot_lab.evaluation import Perplexity
@@ -90,11 +90,11 @@ def test_what_was_not_measured_is_a_dash():
 def test_the_table_takes_its_place_on_the_page(tmp_path):
     page, mark = tmp_path / "page.md", llama_table.MARK
     page.write_text(f"before\n{mark}\nold\n{mark}\nafter\n")
-    llama_table.put(page, "new")
+    pages.put(page, "new", mark)
     assert page.read_text() == f"before\n{mark}\nnew\n{mark}\nafter\n"
     page.write_text("no mark")
     with pytest.raises(click.ClickException, match="holds 0 lines"):
-        llama_table.put(page, "new")
+        pages.put(page, "new", mark)
 
 
 def test_a_table_of_another_build_is_not_gone_on_with(tmp_path):

@@ -153,17 +153,12 @@ def _means(columns: Iterable[Iterable[float]]) -> list[float]:
     return [statistics.fmean(c) for c in zip(*columns, strict=True)]
 
 
-def _interval(values: list[float]) -> dict[str, float]:
-    """Of the mean over items; NaN where a model that overflows gives no number."""
-    if all(map(math.isfinite, values)):
-        return paired_difference(values, [0.0] * len(values))
-    return dict.fromkeys(("mean", "low", "high"), math.nan) | {"n": len(values)}
-
-
 def _cell(values: list[list[float]]) -> dict[str, Any]:
     """Values [seeds][items]: the mean with its interval over items, the means by seed and their sd."""
     by_seed = [statistics.fmean(v) for v in values]
-    return _interval(_means(values)) | {"by_seed": by_seed, "sd": spread(by_seed)["sd"]}
+    mean = _means(values)
+    interval = paired_difference(mean, [0.0] * len(mean))
+    return interval | {"by_seed": by_seed, "sd": spread(by_seed)["sd"]}
 
 
 def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
