@@ -33,18 +33,27 @@ ALPHA = 100.0  # γ: on the rows, and so squared on the error
 SPEC = QuantSpec(symmetric=True)  # the quantizer that the released code has in its loop
 
 
-def planted(rows: int, d: int, seed: int) -> Tensor:
+def planted(rows: int, d: int, seed: int, device: str = "cpu") -> Tensor:
     """[rows, d] of norm √d: anisotropic normal rows of some channels' own scale, 0.3 % massive ones."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     shared = torch.Generator().manual_seed(d)  # what is the model's own: the same for every seed
-    scale = torch.exp(0.7 * torch.randn(d, generator=shared))
-    mix = torch.randn(16, d, generator=shared)
-    x = torch.randn(rows, d, generator=g).mul_(scale)
-    x += torch.randn(rows, 16, generator=g) @ mix
-    where = torch.randperm(d, generator=shared)[:4]
-    few = torch.randperm(rows, generator=g)[: max(1, round(0.003 * rows))]
-    x[few[:, None], where] += torch.tensor([40.0, -25.0, 15.0, 8.0]) * math.sqrt(d)
+    scale = torch.exp(0.7 * torch.randn(d, generator=shared)).to(device)
+    mix = torch.randn(16, d, generator=shared).to(device)
+    x = torch.randn(rows, d, generator=g, device=device).mul_(scale)
+    x += torch.randn(rows, 16, generator=g, device=device) @ mix
+    where = torch.randperm(d, generator=shared)[:4].to(device)
+    few = torch.randperm(rows, generator=g, device=device)[: max(1, round(0.003 * rows))]
+    spikes = torch.tensor([40.0, -25.0, 15.0, 8.0], device=device)
+    x[few[:, None], where] += spikes * math.sqrt(d)
     return x.mul_(math.sqrt(d) / x.norm(dim=-1, keepdim=True))
+
+
+def precisions(device: str, low: bool) -> dict[str, dict]:
+    """Name → options of `dfrot.optimize` for the two products of a step."""
+    kinds: dict[str, dict] = {"fp32": {}}
+    if device != "cpu":
+        kinds["tf32"] = {"tf32": True}
+    return kinds | ({"bf16": {"dtype": torch.bfloat16}} if low else {})
 
 
 def published_step(normal: Tensor, massive: Tensor, r: Tensor) -> Tensor:
@@ -86,8 +95,9 @@ def plain_step(a: Tensor, r: Tensor) -> Tensor:
 
 
 def clock(call: Callable, args: tuple, device: str, steps: int) -> float:
-    """Median seconds of `steps` calls, each waited for; one before the clock."""
-    call(*args)
+    """Median seconds of `steps` calls, each waited for; one before the clock, unless one is to do."""
+    if steps > 1:
+        call(*args)
     times = []
     for _ in range(steps):
         if device == "cuda":
@@ -100,7 +110,7 @@ def clock(call: Callable, args: tuple, device: str, steps: int) -> float:
     return statistics.median(times)
 
 
-def ours(x: Activations, start: Tensor, dtype: torch.dtype, device: str, steps: int) -> list[float]:
+def ours(x: Activations, start: Tensor, how: dict, device: str, steps: int) -> list[float]:
     """Seconds of each of `steps` steps of `dfrot.optimize`, set-up (the Gram matrix) left out."""
     times, factor = [], dfrot.polar.polar
 
@@ -113,23 +123,21 @@ def ours(x: Activations, start: Tensor, dtype: torch.dtype, device: str, steps: 
 
     dfrot.polar.polar = marked
     try:
-        dfrot.optimize(
-            x, start, SPEC, Weighting(ALPHA), iterations=steps + 1, dtype=dtype, device=device
-        )
+        dfrot.optimize(x, start, SPEC, Weighting(ALPHA), iterations=steps + 1, device=device, **how)
     finally:
         dfrot.polar.polar = factor
     return [b - a for a, b in itertools.pairwise(times)]
 
 
 def forced(method: str) -> AbstractContextManager:
-    """Context in which the fast step takes its polar factor from "products" or "newton", and as it comes."""
+    """Context in which the fast step takes its polar factor from one method alone, and as it comes."""
     return mock.patch.object(polar, "polar", getattr(polar, method))
 
 
 def gate(d: int, device: str) -> dict[str, float]:
     """Largest difference of the rotations after one step from RH, ours against the plain SVD's in fp64.
 
-    entries: with the polar factor that this device gets; products, newton: with that of each.
+    entries: with the polar factor that this device gets; mixed, products, newton: with that of each.
     """
     x = Activations.of(planted(20 * d, d, 1).double())
     start = rotations.random_hadamard(d, 0)
@@ -141,7 +149,7 @@ def gate(d: int, device: str) -> dict[str, float]:
         )[0]  # fmt: skip
 
     exact, found = step("svd"), {"entries": step("fast")}
-    for method in ("products", "newton"):
+    for method in ("mixed", "products", "newton"):
         with forced(method):
             found[method] = step("fast")
     return {name: (r - exact).abs().max().item() for name, r in found.items()}
@@ -155,30 +163,53 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure(d: int, rows: int, steps: int, device: str, low: bool) -> dict:
     """One row of the table."""
-    x, start = planted(rows, d, 0), rotations.random_hadamard(d, 0)
+    x, start = planted(rows, d, 0, device), rotations.random_hadamard(d, 0)
     r = start.float().to(device)
-    normal, massive = (part.to(device) for part in split(x))
+    normal, massive = split(x)
     row: dict = {"d": d, "rows": rows, "massive": len(massive)}
     row["published s"] = clock(published_step, (normal, massive, r), device, steps)
     normal = torch.cat([normal, massive * ALPHA])  # in the place of the old, which is freed
     row["two products s"] = clock(plain_step, (normal, r), device, steps)
-    del normal
-    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if low else {})
+    del normal, massive
     wrapped = Activations.of(x)
-    for name, dtype in kinds.items():
-        row[f"{name} s"] = statistics.median(ours(wrapped, start, dtype, device, steps))
+    for name, how in precisions(device, low).items():
+        row[f"{name} s"] = statistics.median(ours(wrapped, start, how, device, steps))
         row[f"{name} ratio"] = row["published s"] / row[f"{name} s"]
+    return row
+
+
+def whole(d: int, rows: int, iterations: int, device: str, low: bool) -> dict:
+    """Seconds of all `iterations` of ours, rows in the host's memory at first, and the held-back loss.
+
+    On a GPU on its tensor cores alone: fp32 products take most of the time there.
+    """
+    x = Activations.of(planted(rows, d, 0, device).cpu())
+    held = Activations.of(planted(16384, d, 7, device))
+    start, weighting = rotations.random_hadamard(d, 0), Weighting(ALPHA)
+    row = {"d": d, "rows": rows, "iterations": iterations}
+    row["start loss"] = dfrot.loss(held, start, SPEC, weighting)
+    for name, how in precisions(device, low).items():
+        if name == "fp32" and device != "cpu":
+            continue
+        began = time.perf_counter()
+        r, log = dfrot.optimize(
+            x, start, SPEC, weighting, iterations=iterations, device=device, progress=name, **how
+        )
+        row[f"{name} s"] = time.perf_counter() - began
+        row[f"{name} end"] = log.rotated[-1]
+        row[f"{name} loss"] = dfrot.loss(held, r, SPEC, weighting)
+        row[f"{name} off"] = rotations.orthogonality_error(r)
     return row
 
 
 def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) -> dict:
     """Seconds until the held-back loss is what `iterations` published steps reach, and both ends.
 
-    same steps: as many of ours in fp32, without over-relaxation, for the final loss.
+    same steps: as many of ours without over-relaxation, for the final loss; in fp32, on a GPU in others too.
     """
-    x, held = planted(rows, d, 0), Activations.of(planted(16384, d, 7))
+    x, held = planted(rows, d, 0, device), Activations.of(planted(16384, d, 7, device))
     start, weighting = rotations.random_hadamard(d, 0), Weighting(ALPHA)
-    normal, massive = (part.to(device) for part in split(x))
+    normal, massive = split(x)
     r, began = start.float().to(device), time.perf_counter()
     for _ in tqdm(range(iterations), desc="published"):
         r = published_step(normal, massive, r)
@@ -193,15 +224,16 @@ def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) ->
     row["published loss"] = dfrot.loss(held, r.double().cpu(), SPEC, weighting)
     row["published off"] = rotations.orthogonality_error(r.double().cpu())
     wanted, x = row["published loss"], Activations.of(x)
-    began = time.perf_counter()
-    r, _ = dfrot.optimize(
-        x, start, SPEC, weighting, iterations=iterations, solver="fast", device=device,
-        dtype=torch.float32, progress="as many steps",
-    )  # fmt: skip
-    row["same steps s"] = time.perf_counter() - began
-    row["same steps loss"] = dfrot.loss(held, r, SPEC, weighting)
-    row["same steps off"] = rotations.orthogonality_error(r)
-    row["same steps loss over published"] = row["same steps loss"] / wanted
+    kinds = precisions(device, low) if device != "cpu" else precisions(device, False)
+    for kind, how in kinds.items():
+        name, began = "same steps" + f" {kind}" * (kind != "fp32"), time.perf_counter()
+        r, _ = dfrot.optimize(
+            x, start, SPEC, weighting, iterations=iterations, device=device, progress=name, **how
+        )
+        row[f"{name} s"] = time.perf_counter() - began
+        row[f"{name} loss"] = dfrot.loss(held, r, SPEC, weighting)
+        row[f"{name} off"] = rotations.orthogonality_error(r)
+        row[f"{name} loss over published"] = row[f"{name} loss"] / wanted
     dtype = torch.bfloat16 if low else torch.float32
     ways = {
         "relaxed": {"relax": 1.6, "dtype": dtype},
@@ -238,6 +270,7 @@ def shown(rows: list[dict]) -> None:
 @click.command()
 @click.option("--sizes", default="576:61440,1024:131072,2048:131072", help="d:rows, by commas.")
 @click.option("--equal", default="576:61440:30", help="d:rows:iterations of the run to equal loss.")
+@click.option("--full", default="", help="d:rows:iterations of a run from the first row to R.")
 @click.option("--steps", default=3, help="Timed steps.")
 @click.option("--device", default="cpu")
 @click.option("--threads", default=2)
@@ -246,6 +279,7 @@ def shown(rows: list[dict]) -> None:
 def main(
     sizes: str,
     equal: str,
+    full: str,
     steps: int,
     device: str,
     threads: int,
@@ -264,7 +298,7 @@ def main(
     assert max(checked.values()) < 1e-8, f"the fast step is not the plain one: {checked}"
     said = ", ".join(f"{name} {value:.1e}" for name, value in checked.items())
     print(f"gate: largest difference of R after a step: {said}")
-    found = {"gate": checked, "steps": [], "equal": []}
+    found = {"gate": checked, "steps": [], "whole": [], "equal": []}
     found["provenance"] = records.provenance(torch.device(device), "torch")
     if device == "cpu":
         found["provenance"]["capability"] = torch.backends.cpu.get_cpu_capability()
@@ -277,6 +311,8 @@ def main(
 
     for size in filter(None, sizes.split(",")):
         keep("steps", measure(*map(int, size.split(":")), steps, device, bf16))
+    for size in filter(None, full.split(",")):
+        keep("whole", whole(*map(int, size.split(":")), device, bf16))
     for size in filter(None, equal.split(",")):
         keep("equal", to_equal_loss(*map(int, size.split(":")), device, bf16))
 

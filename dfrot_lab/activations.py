@@ -53,10 +53,22 @@ class Activations:
         which = [i * len(self.sites) // count for i in range(count)]
         return Activations(self.X[which], tuple(self.sites[i] for i in which), self.metadata)
 
-    def chunks(self, rows: int = 2048) -> Iterator[Tensor]:
+    @property
+    def piece(self) -> int:
+        """Rows of a chunk: on a GPU more, or its time goes into starting kernels."""
+        return 16_384 if self.X.is_cuda else 2048
+
+    def chunks(self, rows: int | None = None) -> Iterator[Tensor]:
         """All rows, [≤ rows, d] at a time in a fixed order; may be iterated again and again."""
         for x in self.X:
-            yield from x.split(rows)
+            yield from x.split(rows or self.piece)
+
+    def on(self, device: str) -> Activations:
+        """The same on a GPU, where they take at most half of its free memory; else as they are."""
+        device = torch.device(device)
+        if device.type != "cuda" or 2 * self.X.nbytes > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return Activations(self.X.to(device), self.sites, self.metadata)
 
     @classmethod
     def of(cls, x: Tensor) -> Activations:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def optimize(
     relax: float = 1.0,
     stop: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    tf32: bool = False,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
     every: int = 10,
@@ -79,8 +81,9 @@ def optimize(
     relax: ω in R ← polar(XᵀW²(XR − ωE)), E = XR − B, 0 < ω < 2: 1 as published; 1.6 needs a quarter of the
     steps and ends lower (docs/optimiser.md), though no step is then proven to lower the loss.
     stop: end when ten steps have lowered the loss by less than this share of it; 0 never.
-    dtype: of XR and of XᵀE, bfloat16 for "fast" alone; sums over rows are fp64. device: where to compute;
-    R comes back to the CPU. checkpoint: state
+    dtype: of XR and of XᵀE, bfloat16 for "fast" alone; sums over rows are fp64. tf32: let a GPU round the
+    inputs of fp32 products to 10 bits, on its tensor cores. device: where to compute, and where rows stay
+    if they take at most half of its free memory; R comes back to the CPU. checkpoint: state
     saved there every `every` iterations and taken up again, to the same bytes, after an interruption; the
     file goes when the run is through. qr: a QR after each SVD, as released; it flips signs of columns.
     Raises RotationError for a `start` of another size or not orthogonal, ActivationsError for NaN or Inf
@@ -93,8 +96,11 @@ def optimize(
         raise ValueError(f"relax = {relax}: use a number in (0, 2); 1 is the plain step")
     if dtype == torch.bfloat16 and solver != "fast":
         raise ValueError("dtype = bfloat16 is for solver 'fast': use float32 or float64")
+    if tf32 and (dtype != torch.float32 or not device.startswith("cuda")):
+        raise ValueError(f"tf32 with dtype = {dtype} on {device}: it is for float32 on a GPU")
     objective = objectives.named(objective, spec) if isinstance(objective, str) else objective
     r = rotations.check(start.double(), x.d, "start").clone()
+    x = x.on(device)
     weights, count = row_weights(x, spec, weighting)
     scores = importance(x, r, spec, weights) if sampling == "importance" and rows < 1 else None
     x, weights = subsample(x, spec, weighting, weights, rows, scores=scores)
@@ -111,7 +117,7 @@ def optimize(
     settings = (
         f"{spec} {weighting} {dtype} {iterations} {rows} {sampling} {qr} {solver} {stop} {relax}"
     )
-    settings += f" {type(objective).__name__} {getattr(objective, 'beta', '')}"
+    settings += " tf32" * tf32 + f" {type(objective).__name__} {getattr(objective, 'beta', '')}"
     key = hashlib.sha256(settings.encode() + r.numpy().tobytes() + gram.cpu().numpy().tobytes())
     if checkpoint and checkpoint.exists():
         r = _resume(checkpoint, key.hexdigest(), log, r, objective, device)
@@ -122,7 +128,8 @@ def optimize(
         range(first, iterations), desc=progress, initial=first, total=iterations, mininterval=2
     )
     for t in bar:
-        product, value, error = accumulate(x, r, weights, objective, dtype)
+        with _tensor_cores(tf32):
+            product, value, error = accumulate(x, r, weights, objective, dtype)
         m, inner = gram @ r - product, (r * product).sum().item()
         log.quantized.append(value / total)
         new = factor(m if relax == 1 else gram @ r - relax * product)
@@ -138,6 +145,17 @@ def optimize(
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return r.cpu(), log
+
+
+@contextmanager
+def _tensor_cores(tf32: bool) -> Iterator[None]:
+    """fp32 products on a GPU take TF32 inputs in here, if asked for, and fp32 ones otherwise."""
+    cublas = torch.backends.cuda.matmul
+    before, cublas.fp32_precision = cublas.fp32_precision, "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        cublas.fp32_precision = before
 
 
 def _settled(losses: list[float], stop: float, over: int = 10) -> bool:
@@ -179,8 +197,7 @@ def _streamed(x, r, weights, objective, dtype) -> tuple[Tensor, float, float]:
         for j, (rows, share) in enumerate(zip(chunk.split(size), w.split(size), strict=True)):
             inputs = rows.to(dtype)
             y = (inputs @ rotation).to(inside)
-            e = y - objective.direction(y, i * 2048 + j)
-            squared = torch.linalg.vector_norm(e, dim=-1).double().square()
+            e, squared = objectives.error(objective, y, i * 2048 + j)
             sums[0] += torch.dot(objective.loss(y, squared), share)
             sums[1] += torch.dot(squared, share)
             e.mul_(share.to(inside)[:, None])
@@ -200,7 +217,8 @@ def loss(x: Activations, r: Tensor, spec: QuantSpec, weighting: Weighting) -> fl
     """Σ w²‖xR − Q(xR)‖² / Σ w²‖x‖² over the rows of `x`, for any rotation R [d, d]."""
     error = total = 0.0
     for chunk, w in zip(x.chunks(), row_weights(x, spec, weighting)[0], strict=True):
-        error += (squared_error(chunk @ r.to(chunk.dtype), spec).double() * w).sum().item()
+        y = chunk @ r.to(chunk)
+        error += (squared_error(y, spec).double() * w).sum().item()
         total += (chunk.double().square().sum(-1) * w).sum().item()
     return error / total
 

@@ -15,6 +15,7 @@ import math
 from typing import Protocol
 
 import torch
+from dfrot_kernels import backends
 from torch import Tensor
 
 from dfrot_lab.quantizers import QuantSpec, cut, fake_quantize, quantize, step
@@ -28,6 +29,7 @@ __all__ = [
     "Objective",
     "SoftPeak",
     "Whip",
+    "error",
     "named",
 ]
 
@@ -187,6 +189,18 @@ class SoftPeak(_Smooth):
     def curvature(self, u: Tensor) -> Tensor:
         """β max cosh(βu)/Σ cosh(βu) [rows, 1]."""
         return self.beta * torch.softmax(self._log_cosh(u), -1).amax(-1, keepdim=True)
+
+
+def error(objective: Objective, y: Tensor, chunk: int = 0) -> tuple[Tensor, Tensor]:
+    """(E = Y − G, ‖E‖² of each row in fp64); int4 centroids of an fp32 Y on a GPU by one kernel."""
+    if type(objective) is Centroids and y.is_cuda and y.dtype == torch.float32:
+        spec = objective.spec
+        if spec == QuantSpec(symmetric=spec.symmetric, clip=spec.clip):
+            kernels = backends.get(backends.default(y.device))
+            e, squared = kernels.quantize_error(y, symmetric=spec.symmetric, clip=spec.clip)
+            return e, squared.double()
+    e = y - objective.direction(y, chunk)
+    return e, torch.linalg.vector_norm(e, dim=-1).double().square()
 
 
 NAMES = ("centroids", "least_squares", "corners", "whip", "kurtosis", "soft_peak")

@@ -6,6 +6,7 @@ An SVD gives it and does more than is asked. `products` needs matrix products al
 p of degree 2 that brings all singular values in [ℓ, u] nearest to 1, step by step (Polar Express, Amsel et
 al., arXiv 2505.16932). An ℓ above the least singular value would leave a matrix that is not orthogonal, so
 every result is checked, and `newton`, scaled Newton iterations (Higham, 1986), takes over, then `svd`.
+`mixed` begins with one of Newton's, which takes the square root of the condition and whose inverse says ℓ.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["newton", "polar", "products", "residual", "svd"]
+__all__ = ["mixed", "newton", "polar", "products", "residual", "svd"]
 
 ORTHOGONAL = 1e-13  # max|QᵀQ − I| that is accepted, for d up to a few thousand
 SYMMETRIC = 1e-12  # max|QᵀM − MᵀQ| / ‖M‖: the polar factor's partner QᵀM is symmetric
 LEAST = 1e-15  # σ_min/σ_max below which fp64 knows no polar factor
+CHOLESKY = 3e4  # condition up to which a Cholesky factor loses no digits that count
+PRODUCTS = 0.2  # least singular value from which products alone are faster
+PEAK = 300.0  # how far above the eighth a singular value towers
 
 
 def polar(m: Tensor) -> Tensor:
     """The orthogonal polar factor [d, d], fp64, of M [d, d] on any device; RᵀR = I to 1e-12.
 
-    Products on a GPU, with Newton and SVD to fall back on; SVD on a CPU, where it is the fastest of the three
+    `mixed` on a GPU, with Newton and SVD to fall back on; SVD on a CPU, where it is the fastest of the three
     up to d = 4096 at least (docs/optimiser.md). Raises ValueError for NaN or Inf in M.
     """
     m = m.double()
@@ -41,7 +45,7 @@ def polar(m: Tensor) -> Tensor:
 
 
 def _before_svd(device: str) -> tuple:
-    return () if device == "cpu" else (products, newton)
+    return () if device == "cpu" else (mixed, newton)
 
 
 def svd(m: Tensor) -> Tensor:
@@ -97,8 +101,8 @@ def _schedule(least: float) -> tuple[tuple[float, float, float], ...]:
     """Polynomials that bring singular values in [least, 1] to 1 within rounding."""
     low, found = least, []
     while 1 - low > 1e-16 and len(found) < 60:
-        if 1 - low < 0.1:  # from here on the Taylor polynomial of 1/√x converges by the third power
-            found += [(15 / 8, -10 / 8, 3 / 8)] * 3
+        if 1 - low < 0.1:  # the Taylor polynomials of 1/√x end it: 0.1, 0.0025, 4e-8, 2e-15
+            found += [(15 / 8, -10 / 8, 3 / 8)] * 2 + [(3 / 2, -1 / 2, 0.0)]
             break
         a, b, c, e = _minimax(low, 1.0)
         high = (1 + e) * 1.001  # a little more, so that rounding leaves no singular value above 1
@@ -119,16 +123,92 @@ def products(m: Tensor, least: float = 1e-6) -> Tensor | None:
     if not bound:
         return None
     while least >= LEAST / 10:
-        x = m / bound
-        for a, b, c in _schedule(least):
-            gram = x.mT @ x
-            poly = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            poly.diagonal().add_(a)
-            x = x @ poly
+        x = _brought_to_one(m / bound, least)
         if residual(x) < ORTHOGONAL * max(1, len(m) / 1000):
             return x
         least *= 1e-5
     return None
+
+
+def _brought_to_one(x: Tensor, least: float) -> Tensor:
+    """X·p(XᵀX) for each polynomial of the schedule; singular values of X lie in [least, 1]."""
+    for a, b, c in _schedule(least):
+        gram = x.mT @ x
+        poly = torch.addmm(gram, gram, gram, beta=b, alpha=c) if c else gram.mul_(b)
+        poly.diagonal().add_(a)
+        x = x @ poly
+    return x
+
+
+def mixed(m: Tensor) -> Tensor | None:
+    """The polar factor by one inverse, a Cholesky factor or two, then products; None for a singular M.
+
+    Newton's step X ← (ζX + X⁻ᵀ/ζ)/2 takes singular values [1, κ], scaled by ζ = 1/√κ, to [1, (√κ + 1/√κ)/2]:
+    ℓ is known from there on, and no schedule is tried in vain. The few values that tower above the others,
+    as massive tokens make them, are brought down first.
+    """
+    x, top, zeta = _without_peaks(m), math.inf, 0.0
+    while top > CHOLESKY:
+        inverse, info = torch.linalg.inv_ex(x)
+        if info.item() or not torch.isfinite(inverse).all():
+            return None
+        if not zeta:
+            most, least = _above(x), 1 / _above(inverse)
+            top, zeta = most / least, 1 / math.sqrt(most * least)
+        else:
+            zeta = 1 / math.sqrt(top)
+        x = torch.add(x * (zeta / 2), inverse.mT, alpha=0.5 / zeta)
+        top = (math.sqrt(top) + 1 / math.sqrt(top)) / 2
+    x /= top * 1.001  # rounding leaves no singular value above 1
+    least = 0.99 / top
+    while least < PRODUCTS:
+        x, least = _halley(x, least)
+    return _brought_to_one(x / 1.001, 2 ** (math.floor(4 * math.log2(0.99 * least)) / 4))
+
+
+def _halley(x: Tensor, least: float) -> tuple[Tensor, float]:
+    """(X(aI + bXᵀX)(I + cXᵀX)⁻¹ with what of a, b, c brings [least, 1] nearest to 1, the new least value).
+
+    Dynamically weighted Halley (QDWH; Nakatsukasa and Higham, 2013), whose inverse is that of a Cholesky
+    factor: stable as long as c ≈ least^(−4/3) is far below 1/ε.
+    """
+    gamma = (4 * (1 - least**2) / least**4) ** (1 / 3)
+    root = math.sqrt(1 + gamma)
+    a = root + math.sqrt(8 - 4 * gamma + 8 * (2 - least**2) / (least**2 * root)) / 2
+    b = (a - 1) ** 2 / 4
+    c = a + b - 1
+    gram = (x.mT @ x).mul_(c)
+    gram.diagonal().add_(1)
+    solved = torch.cholesky_solve(x.mT, torch.linalg.cholesky_ex(gram)[0]).mT
+    new = torch.add(x * (b / c), solved, alpha=a - b / c)
+    return new, least * (a + b * least**2) / (1 + c * least**2)
+
+
+def _without_peaks(m: Tensor, count: int = 8, rounds: int = 3) -> Tensor:
+    """M with its largest singular values brought down to the eighth, by 1/PEAK at most; Q stays.
+
+    Their vectors come from block power iterations, which have converged to rounding for what is PEAK times
+    the eighth; what is less is left alone, and so is a small M, whose eighth says little of the others.
+    """
+    if len(m) < 8 * count:
+        return m
+    start = torch.randn(len(m), count, generator=torch.Generator().manual_seed(0)).to(m)
+    v = torch.linalg.qr(start).Q
+    for _ in range(rounds):
+        u = torch.linalg.qr(m @ v).Q
+        v = torch.linalg.qr(m.mT @ u).Q
+    left, s, right = torch.linalg.svd(u.mT @ (m @ v))
+    peaks = int((s > PEAK * s[-1]).sum())
+    if not peaks:
+        return m
+    lower = s - torch.maximum(s[-1], s / PEAK)
+    return m - (u @ left[:, :peaks] * lower[:peaks]) @ (v @ right[:peaks].mT).mT
+
+
+def _above(m: Tensor) -> float:
+    """An upper bound of the largest singular value: the lesser of ‖M‖_F and √(‖M‖₁‖M‖∞)."""
+    one, infinity = (torch.linalg.matrix_norm(m, p).item() for p in (1, torch.inf))
+    return min(torch.linalg.matrix_norm(m).item(), math.sqrt(one * infinity))
 
 
 def newton(m: Tensor, steps: int = 30) -> Tensor | None:

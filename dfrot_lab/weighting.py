@@ -63,13 +63,13 @@ def row_weights(x: Activations, spec: QuantSpec, weighting: Weighting) -> tuple[
         normal, heavy = 1.0, weighting.gamma**2
     if weighting.form == "group_mean":
         normal, heavy = normal / max(rows - count, 1), heavy / max(count, 1)
-    heavy, normal = torch.tensor([heavy, normal], dtype=torch.float64)
+    heavy, normal = torch.tensor([heavy, normal], dtype=torch.float64, device=x.X.device)
     return [torch.where(m, heavy, normal) for m in masks], count
 
 
 def importance(x: Activations, r: Tensor, spec: QuantSpec, weights: list[Tensor]) -> list[Tensor]:
     """w²‖xR − Q(xR)‖² of every row, one tensor [rows] a chunk: what each adds to the loss."""
-    rotation = r.float()
+    rotation = r.float().to(x.X.device)
     return [
         w * squared_error(chunk.float() @ rotation, spec).double()
         for chunk, w in zip(x.chunks(), weights, strict=True)
@@ -102,11 +102,11 @@ def subsample(
             p = (scores[i].sqrt() * factor).clamp(max=1)
         else:
             p = torch.where(rule(chunk, spec), 1.0, share).double()
-        kept = torch.rand(len(chunk), generator=generator) < p
+        kept = torch.rand(len(chunk), generator=generator).to(p.device) < p
         picked.append(chunk[kept])
         scaled.append((w / p)[kept])
     few = Activations.of(torch.cat(picked))
-    return few, list(torch.cat(scaled).split(2048))
+    return few, list(torch.cat(scaled).split(few.piece))
 
 
 def _factor(scores: list[Tensor], share: float) -> float:

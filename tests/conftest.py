@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run on the CPU
+# before anything imports triton: the kernels run on the CPU; TRITON_INTERPRET=0 leaves them to a GPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("HF_TOKEN", None)
 
 import socket

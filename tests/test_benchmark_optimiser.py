@@ -65,11 +65,11 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("method", ["products", "newton"])
+@pytest.mark.parametrize("method", ["mixed", "products", "newton"])
 def test_the_gate_sees_a_wrong_iteration(monkeypatch, method):
     """A CPU takes the SVD by itself: what the gate holds against it must have been forced."""
     found = optimiser.gate(32, "cpu")
-    assert set(found) == {"entries", "products", "newton"} and max(found.values()) < 1e-8
+    assert set(found) == {"entries", "mixed", "products", "newton"} and max(found.values()) < 1e-8
     monkeypatch.setattr(optimiser.polar, method, lambda m: haar(32))
     wrong = optimiser.gate(32, "cpu")
     assert [name for name, value in wrong.items() if value > 1e-8] == [method]

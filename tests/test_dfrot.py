@@ -203,7 +203,7 @@ def test_an_ill_conditioned_step_at_full_size_is_as_good():
     m = x.X[0].mT @ fake_quantize(x.X[0] @ start, spec)
     s = torch.linalg.svdvals(m)
     assert 3e8 < s[0] / s[-1] < 3e9
-    for method in ("products", "newton"):
+    for method in ("mixed", "products", "newton"):
         with forced(method):
             r, _ = optimize(x, start, spec, Weighting(1.0), iterations=1, dtype=FP64)
         assert rotations.orthogonality_error(r) <= 1e-12
@@ -226,6 +226,39 @@ def test_a_gpu_takes_the_step_of_the_cpu_and_ends_as_low(dtype, step, end):
     assert (ends[1][0] - ends[1][1]).abs().max() < step
     cpu, gpu = (loss(x, r, spec, Weighting()) for r in ends[30])
     assert gpu == pytest.approx(cpu, rel=end)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", [{"tf32": True}, {"dtype": torch.bfloat16}], ids=["tf32", "bf16"])
+def test_shorter_products_of_a_gpu_end_as_low(how):
+    x, start, spec = rows(3, tokens=20_000, d=256), haar(256, 3), QuantSpec()
+    plain, found = (
+        optimize(x, start, spec, Weighting(), iterations=30, device="cuda", **options)[0]
+        for options in ({}, how)
+    )
+    assert rotations.orthogonality_error(found) <= 1e-12
+    wanted = loss(x, plain, spec, Weighting())
+    assert loss(x, found, spec, Weighting()) == pytest.approx(wanted, rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rows_that_stay_on_a_gpu_give_the_step_of_rows_that_are_sent(monkeypatch):
+    x, start, spec = rows(4, tokens=3000, d=64), haar(64, 4), QuantSpec()
+    found = []
+    for stay in (True, False):
+        if not stay:
+            monkeypatch.setattr(Activations, "on", lambda self, device: self)
+        r, _ = optimize(x, start, spec, Weighting(), iterations=3, device="cuda")
+        found.append(r)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype, device", [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
+def test_tf32_is_for_fp32_on_a_gpu(dtype, device):
+    with pytest.raises(ValueError, match=r"tf32 with dtype = .* float32 on a GPU"):
+        optimize(
+            rows(1), haar(12, 1), QuantSpec(), Weighting(), dtype=dtype, device=device, tf32=True
+        )
 
 
 # --- over-relaxation -------------------------------------------------------------------------------

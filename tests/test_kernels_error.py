@@ -54,6 +54,40 @@ def test_error_equals_the_reference(seed, count, d, symmetric, clip, kind, kind_
     assert ((found - wanted).abs() <= 1e-4 * wanted + 1e-9 * size).all()
 
 
+@settings(max_examples=25)
+@given(
+    SEEDS,
+    st.integers(3, 40),
+    st.sampled_from([1, 2, 7, 64, 100, 576, 2500]),
+    st.booleans(),
+    st.sampled_from([1.0, 0.8]),
+)
+def test_the_error_as_a_matrix_is_the_reference_bit_for_bit(seed, count, d, symmetric, clip):
+    y = rows(seed, count, max(d, 2))[:, :d].contiguous()
+    e, squared = error.quantize_error(y, symmetric=symmetric, clip=clip)
+    wanted, wanted_squared = reference.quantize_error(y, symmetric=symmetric, clip=clip)
+    assert e.shape == y.shape and squared.shape == (count,)
+    assert torch.equal(e, wanted)
+    assert_close(squared, wanted_squared, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_bad_row_has_no_error_matrix_and_spoils_no_other(bad, symmetric):
+    y = rows(1, 20, 70)
+    wanted, squared = error.quantize_error(y, symmetric=symmetric)
+    y[4, 69] = bad
+    e, found = error.quantize_error(y, symmetric=symmetric)
+    others = torch.arange(20) != 4
+    assert e[4].isnan().all() and found[4].isnan()
+    assert torch.equal(e[others], wanted[others]) and torch.equal(found[others], squared[others])
+
+
+def test_no_rows_have_no_error_matrix():
+    e, squared = error.quantize_error(torch.zeros(0, 8))
+    assert e.shape == (0, 8) and squared.shape == (0,)
+
+
 @settings(max_examples=10)
 @given(SEEDS, st.sampled_from([6, 65, 190]), st.booleans())
 def test_without_rounding_in_the_product_only_the_last_sum_differs(seed, d, symmetric):
@@ -115,6 +149,11 @@ X, R = torch.zeros(4, 8), torch.eye(8)
         (lambda: error.rotate_quantize_error(X, R.to(torch.int8)), "r is torch.int8: use float16"),
         (lambda: error.rotate_quantize_error(torch.zeros(8, 4).T, R), "x .*not contiguous"),
         (lambda: error.rotate_quantize_error(X, R, clip=0.0), "clip = 0.0: use a ratio"),
+        (lambda: error.quantize_error(X[0]), r"y is \[8\]: 2 axes"),
+        (lambda: error.quantize_error(X.half()), "y is torch.float16 .*use float32 rows"),
+        (lambda: error.quantize_error(torch.zeros(1, 40_000)), "40000.*at most 16384"),
+        (lambda: error.quantize_error(torch.zeros(8, 4).T), "y .*not contiguous"),
+        (lambda: error.quantize_error(X, clip=0.0), "clip = 0.0: use a ratio"),
         (lambda: error.rotate_quantize_error(X, R, clip=1.5), "clip = 1.5: use a ratio"),
         (lambda: error.rotate_quantize_error(X.to("meta"), R), "put them on one device"),
     ],

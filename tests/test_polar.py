@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dfrot_lab import polar, rotations
 
 FP64 = torch.float64
-METHODS = [polar.svd, polar.newton, polar.products]
+METHODS = [polar.svd, polar.newton, polar.products, polar.mixed]
 
 
 def graded(d: int, decades: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -31,19 +31,19 @@ def test_it_is_the_nearest_rotation_at_any_conditioning(method, d, decades, seed
     if decades < 6:
         assert (q - wanted).abs().max() < 1e-8
         assert (q - torch.from_numpy(scipy.linalg.polar(m.numpy())[0])).abs().max() < 1e-8
-    if method in (polar.svd, polar.newton):
+    if method in (polar.svd, polar.newton, polar.mixed):
         h = q.mT @ m  # symmetric and positive, as a polar factor's partner
         assert (h - h.mT).abs().max() < 1e-12 * s.max()
         assert relative(q, wanted) < 1e-14 * 10**decades + 1e-12
 
 
 def as_on_a_gpu(monkeypatch) -> None:
-    """On this CPU, products and then Newton before the SVD, each checked."""
+    """On this CPU, Newton with products and then Newton alone before the SVD, each checked."""
     order = polar._before_svd
     monkeypatch.setattr(polar, "_before_svd", lambda device: order("cuda"))
 
 
-@pytest.mark.parametrize("method", ["polar", "products", "newton"])
+@pytest.mark.parametrize("method", ["polar", "mixed", "products", "newton"])
 @pytest.mark.parametrize("decades", [0, 5.9, 10, 14])
 def test_each_fast_path_is_the_svd(monkeypatch, decades, method):
     """At a size where its own rounding would show."""
@@ -58,7 +58,7 @@ def test_each_fast_path_is_the_svd(monkeypatch, decades, method):
 
 
 def test_a_gpu_takes_products_first_and_a_cpu_the_svd():
-    assert polar._before_svd("cuda") == (polar.products, polar.newton)
+    assert polar._before_svd("cuda") == (polar.mixed, polar.newton)
     assert polar._before_svd("cpu") == ()
 
 
@@ -86,7 +86,43 @@ def test_a_least_singular_value_that_is_too_large_is_seen_and_lowered(monkeypatc
     assert polar.residual(x) > 0.01  # what would have been returned unchecked
 
 
-@pytest.mark.parametrize("broken", [["products"], ["products", "newton"], ["newton", "products"]])
+@pytest.mark.parametrize("decades", [0, 5, 9, 14])
+def test_inverses_bring_singular_values_to_the_schedule(monkeypatch, decades):
+    """What the products are given lies in [ℓ, 1], for which their schedule is made."""
+    m, _, s = graded(60, decades, 8)
+    given_to, real = [], polar._brought_to_one
+    monkeypatch.setattr(
+        polar, "_brought_to_one", lambda x, least: given_to.append((x, least)) or real(x, least)
+    )
+    q = polar.mixed(m)
+    assert rotations.orthogonality_error(q) < 1e-12
+    ((x, least),) = given_to
+    s = torch.linalg.svdvals(x)
+    assert s.max() <= 1 and s.min() >= least >= polar.PRODUCTS / 2
+
+
+@given(st.integers(64, 120), st.integers(0, 7), st.floats(3, 8), st.integers(0, 99))
+def test_peaks_are_brought_down_and_the_polar_factor_stays(d, peaks, decades, seed):
+    """A few singular values of massive tokens, above a spread of three decades."""
+    u, v = haar(d, seed), haar(d, seed + 1)
+    s = torch.logspace(0, -3, d, dtype=FP64)
+    s[:peaks] *= 10**decades
+    m, wanted = (u * s) @ v.mT, u @ v.mT
+    x = polar._without_peaks(m)
+    found = torch.linalg.svdvals(x)
+    if not peaks:
+        assert x is m
+    else:
+        assert found[0] / found[-1] <= 1.01 * max(s[0] / polar.PEAK, s[peaks]) / s[-1]
+    q = polar.mixed(m)
+    assert rotations.orthogonality_error(q) < 1e-12
+    assert (q * m).sum().item() == pytest.approx(s.sum().item(), rel=1e-10)
+    if decades < 6:
+        assert (q - wanted).abs().max() < 1e-5 * 10 ** (decades - 6)
+    assert polar._is_polar(q, m)
+
+
+@pytest.mark.parametrize("broken", [["mixed"], ["mixed", "newton"], ["newton", "mixed"]])
 def test_a_method_that_fails_gives_way_to_the_next(monkeypatch, broken):
     m, wanted, _ = graded(20, 3, 2)
     as_on_a_gpu(monkeypatch)

@@ -21,6 +21,7 @@ __all__ = [
     "nan_unless_finite",
     "on_device",
     "pack_halves",
+    "quotient",
     "round_even",
     "row_codes",
     "row_step",
@@ -29,6 +30,7 @@ __all__ = [
 
 # bf16 is wrong in the interpreter's dot and reductions, and it has no inline assembly
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)  # as kernels may read it
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,39 @@ def pack_halves(b_low, b_high):
 @triton.jit
 def nan_unless_finite(b_x):
     """0 where `b_x` is finite and NaN elsewhere: its sum marks a row, which a maximum may not."""
-    return tl.where(tl.abs(b_x) < float("inf"), 0.0, float("nan"))
+    return b_x * 0.0
+
+
+@triton.jit
+def quotient(b_x, b_scale):
+    """b_x/b_scale rounded to nearest, of |b_x/b_scale| < 2²⁴: a division for each row, none for its numbers.
+
+    With r = 1/Δ rounded to nearest, q = xr is off by two last places at most and x − qΔ is exact in one fused
+    multiply-add, so that q + (x − qΔ)r is the rounded quotient (Markstein, 1990). It is several times
+    shorter than `div_rn`, which would take longer than reading the row. The interpreter has no fused add.
+    """
+    if _INTERPRETED:
+        b_q = tl.div_rn(b_x, b_scale)
+    else:
+        b_up = tl.where(b_scale < 1e-30, 18446744073709551616.0, 1.0)  # 2⁶⁴: 1/Δ is to be finite
+        b_scale *= b_up
+        b_inverse = tl.div_rn(1.0, b_scale)
+        b_x *= b_up
+        b_q = b_x * b_inverse
+        b_q = tl.fma(tl.fma(-b_q, b_scale, b_x), b_inverse, b_q)
+    return b_q
 
 
 @triton.jit
 def row_codes(b_x, b_scale, b_zero, SYMMETRIC: tl.constexpr):
     """Codes −8…7 (int32) of `b_x` with what `row_step` gave, broadcast to it; 0 where the step is NaN."""
-    b_code = round_even(tl.div_rn(b_x, b_scale))
-    if SYMMETRIC:
-        b_code = tl.minimum(tl.maximum(b_code, -8.0), 7.0)
-    else:
-        b_code = tl.minimum(tl.maximum(b_code + b_zero, 0.0), 15.0) - 8.0
-    return tl.where(b_scale == b_scale, b_code, 0.0).to(tl.int32)
+    b_least = tl.zeros_like(b_zero) - 8.0 if SYMMETRIC else -b_zero
+    b_code = tl.minimum(tl.maximum(quotient(b_x, b_scale), b_least), b_least + 15.0)
+    # rounded to nearest, ties to even, in the low bits of 1.5·2²³ + code: no conversion to integer
+    b_code = (b_code + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    if not SYMMETRIC:
+        b_code += b_zero.to(tl.int32) - 8
+    return tl.where(b_scale == b_scale, b_code, 0)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""Squared error of rotating and quantizing, per token, without the rotated matrix in memory.
+"""Error of quantizing rotated rows: squared, without the rotated matrix in memory, or as a matrix.
 
     e_t = ‖x_t R − Q(x_t R)‖²,       x [T, d], R [d, d] → e [T] fp32,       Q: 4 bits per token.
+    E = Y − Q(Y) and ‖E_t‖²,         Y [T, d] fp32 → E [T, d], [T] fp32,    in one read of Y.
 
 A program holds a block of rows. It multiplies them with one tile of R's columns after another, keeping the
 extremes of each row only; then, with the step known, it multiplies again and sums the squared errors. Both
@@ -9,6 +10,8 @@ passes add in the same order, so they see the same numbers: twice the arithmetic
 x, R: fp16, bf16 or fp32. Both of one 16-bit type: their products are exact, summed in fp32. Otherwise in fp32
 as three TF32 products (tf32x3): one TF32 product would be 2⁻¹¹ off, several hundredths of a step for the
 largest values, which moves codes; plain fp32 would leave the tensor cores. A row with NaN or Inf gets NaN.
+`quantize_error` is for a Y that is there already, as in the refinement of R1, which needs E itself: E is the
+reference's, bit for bit.
 KernelError for wrong shapes, dtypes or devices and for non-contiguous tensors.
 """
 
@@ -20,9 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dfrot_kernels import checks
-from dfrot_kernels.common import INTERPRETED, Variant, on_device, round_even, row_step
+from dfrot_kernels.common import (
+    INTERPRETED,
+    Variant,
+    nan_unless_finite,
+    on_device,
+    round_even,
+    row_step,
+)
 
-__all__ = ["rotate_quantize_error", "variants"]
+__all__ = ["quantize_error", "rotate_quantize_error", "variants"]
+
+LONGEST = 16_384  # numbers of a row that `quantize_error` holds: 32 registers a thread at 16 warps
 
 
 @triton.jit
@@ -75,6 +87,29 @@ def _error_kernel(
     tl.store(p_error + i_t, b_error, m_t)
 
 
+@triton.jit
+def _difference_kernel(
+    p_y, p_e, p_squared, rows, d, clip,
+    SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i_n = tl.arange(0, BLOCK)
+    m_t = i_t < rows
+    m_y = m_t[:, None] & (i_n < d)[None, :]
+    at = i_t[:, None] * d + i_n[None, :]
+    b_y = tl.load(p_y + at, m_y, other=0.0)  # [ROWS, BLOCK]
+    b_low = tl.minimum(tl.min(b_y, 1), 0.0)
+    b_high = tl.maximum(tl.max(b_y, 1), 0.0)
+    b_scale, b_zero = row_step(b_low, b_high, tl.sum(nan_unless_finite(b_y), 1), clip, SYMMETRIC)
+    b_scale, b_zero = b_scale[:, None], b_zero[:, None]
+    least: tl.constexpr = -8.0 if SYMMETRIC else 0.0
+    b_q = tl.clamp(round_even(tl.div_rn(b_y, b_scale)) + b_zero, least, least + 15.0)
+    b_e = b_y - (b_q - b_zero) * b_scale
+    tl.store(p_e + at, b_e, m_y)
+    b_e = tl.where(m_y, b_e, 0.0)  # also NaN outside, in a row of NaN
+    tl.store(p_squared + i_t, tl.sum(b_e * b_e, 1), m_t)
+
+
 def _launch(rows: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """(tile, warps): fewer rows a program where a large GPU would else stand idle."""
     block = 64 if rows >= 4096 else 32 if rows >= 2048 else 16
@@ -117,9 +152,51 @@ def rotate_quantize_error(
     return error
 
 
+def _cut(d: int) -> tuple[dict[str, int], int]:
+    """(block, warps) of `quantize_error`: 16 numbers a thread in 4 to 16 warps; short rows together."""
+    block = triton.next_power_of_2(d)
+    rows = max(1, 2048 // block)
+    return {"ROWS": rows, "BLOCK": block}, min(16, max(4, rows * block // 512))
+
+
+def quantize_error(
+    y: Tensor, *, symmetric: bool = False, clip: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(E = Y − Q(Y) [T, d], ‖E_t‖² [T]) of y [T, d] fp32, 4 bits per token; d ≤ 16384."""
+    checks.floating("y", y, dims=2)
+    if y.dtype != torch.float32 or y.shape[1] > LONGEST:
+        raise checks.KernelError(
+            f"y is {y.dtype} {list(y.shape)}: use float32 rows of at most {LONGEST} numbers, or "
+            "backend='torch'"
+        )
+    if not 0 < clip <= 1:
+        raise checks.KernelError(f"clip = {clip}: use a ratio in (0, 1]")
+    on_device(y)
+    rows, d = y.shape
+    e, squared = torch.empty_like(y), torch.empty(rows, dtype=torch.float32, device=y.device)
+    if rows:
+        block, warps = _cut(d)
+        with torch.cuda.device_of(y):
+            # no fused multiply-add: E is the reference's
+            _difference_kernel[(triton.cdiv(rows, block["ROWS"]),)](
+                y, e, squared, rows, d, clip,
+                SYMMETRIC=symmetric, **block, num_warps=warps, enable_fp_fusion=False,
+            )  # fmt: skip
+    return e, squared
+
+
 def variants() -> list[Variant]:
-    """The default configurations, at LLaMA-2-7B's width of 4096."""
+    """The default configurations, at LLaMA-2-7B's width of 4096, and the error of rows of other widths."""
     found = []
+    for d in (576, 4096, 8192, LONGEST):
+        block, warps = _cut(d)
+        constants = {"SYMMETRIC": False, **block}
+        signature = dict.fromkeys(("p_y", "p_e", "p_squared"), "*fp32")
+        signature |= {"rows": "i32", "d": "i32", "clip": "fp32"}
+        signature |= dict.fromkeys(constants, "constexpr")
+        aligned = ("p_y", "p_e", "p_squared", "d")
+        name, how = f"quantize_error_d{d}", {"aligned": aligned, "fp_fusion": False}
+        found.append(Variant(name, _difference_kernel, signature, constants, warps, **how))
     for kind, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         for rows in (256, 2048, 8192):
             tile, warps = _launch(rows, dtype)

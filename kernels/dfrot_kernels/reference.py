@@ -38,6 +38,7 @@ __all__ = [
     "pack",
     "pack_weight",
     "quantize",
+    "quantize_error",
     "quantize_int4",
     "quantize_kv",
     "rotate_quantize_error",
@@ -128,14 +129,19 @@ def step(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     low, high = spec.code_range
     over = tuple(range(x.dim())) if spec.granularity == "tensor" else (-1,)
     if spec.symmetric:
-        scale = x.abs().amax(over, keepdim=True) * spec.clip / high
+        scale = _over(x.abs().amax(over, keepdim=True) * spec.clip, high)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         return scale, torch.zeros_like(scale)
     lo = x.amin(over, keepdim=True).clamp(max=0) * spec.clip
     hi = x.amax(over, keepdim=True).clamp(min=0) * spec.clip
-    scale = (hi - lo) / (high - low)
+    scale = _over(hi - lo, high - low)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale, torch.round(-lo / scale)
+
+
+def _over(x: Tensor, number: int) -> Tensor:
+    """x/number, rounded to nearest; a GPU would multiply by the reciprocal of what is not a tensor there."""
+    return x / torch.full_like(x, number)
 
 
 def quantize(
@@ -372,3 +378,12 @@ def rotate_quantize_error(
     spec = QuantSpec(bits=4, symmetric=symmetric, clip=clip)
     y = x.float() @ r.float()
     return (fake_quantize(y, spec) - y).square().sum(-1)
+
+
+def quantize_error(
+    y: Tensor, *, symmetric: bool = False, clip: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(E = Y − Q(Y) [T, d], ‖E_t‖² [T]) of y [T, d], 4 bits per token, in y's dtype."""
+    checks.floating("y", y, dims=2)
+    e = y - fake_quantize(y, QuantSpec(bits=4, symmetric=symmetric, clip=clip))
+    return e, e.square().sum(-1)

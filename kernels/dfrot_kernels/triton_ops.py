@@ -1,7 +1,7 @@
 """The Triton kernels' host functions, under the names and signatures of `reference`."""
 
 from dfrot_kernels.attention import decode_attention
-from dfrot_kernels.error import rotate_quantize_error
+from dfrot_kernels.error import quantize_error, rotate_quantize_error
 from dfrot_kernels.hadamard_tokens import hadamard_quantize
 from dfrot_kernels.kv import dequantize_kv, quantize_kv
 from dfrot_kernels.matmul import matmul
@@ -21,6 +21,7 @@ __all__ = [
     "matmul_fp",
     "pack",
     "pack_weight",
+    "quantize_error",
     "quantize_int4",
     "quantize_kv",
     "rotate_quantize_error",
