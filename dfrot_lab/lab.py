@@ -45,9 +45,17 @@ _CODE = (
 class Lab(Artefacts):
     """The artefacts of a set of parameters (see `Artefacts`) and the quantized models made of them."""
 
-    def quantized(self, name: str, seed: int = 0, *, bits: str = "16-4-16", keep: str = "none"):
-        """The quantized model of `perplexity`'s rows, RTN weights; the last one built is reused."""
-        return self._built(name, seed, self._spec(bits, keep, "rtn", {}), "rtn", 100.0)
+    def quantized(
+        self,
+        name: str,
+        seed: int = 0,
+        *,
+        bits: str = "16-4-16",
+        keep: str = "none",
+        method: str = "rtn",
+    ) -> nn.Module:
+        """The quantized model of `perplexity`'s rows; the last one built is reused."""
+        return self._built(name, seed, self._spec(bits, keep, method, {}), method, 100.0)
 
     def perplexity(
         self,

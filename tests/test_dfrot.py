@@ -230,20 +230,24 @@ def test_a_gpu_takes_the_step_of_the_cpu_and_ends_as_low(dtype, step, end):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("how", [{"tf32": True}, {"dtype": torch.bfloat16}], ids=["tf32", "bf16"])
-def test_shorter_products_of_a_gpu_end_as_low(how):
+def test_shorter_products_of_a_gpu_take_as_much_off(how):
+    """Two runs in other precision part ways, and stop in other local minima."""
     x, start, spec = rows(3, tokens=20_000, d=256), haar(256, 3), QuantSpec()
+    begin = loss(x, start, spec, Weighting())
     plain, found = (
         optimize(x, start, spec, Weighting(), iterations=30, device="cuda", **options)[0]
         for options in ({}, how)
     )
     assert rotations.orthogonality_error(found) <= 1e-12
-    wanted = loss(x, plain, spec, Weighting())
-    assert loss(x, found, spec, Weighting()) == pytest.approx(wanted, rel=1e-2)
+    wanted = begin - loss(x, plain, spec, Weighting())
+    assert begin - loss(x, found, spec, Weighting()) > 0.95 * wanted > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_rows_that_stay_on_a_gpu_give_the_step_of_rows_that_are_sent(monkeypatch):
+    """In chunks of one size, since another order of sums is another sum."""
     x, start, spec = rows(4, tokens=3000, d=64), haar(64, 4), QuantSpec()
+    monkeypatch.setattr(Activations, "piece", 2048)
     found = []
     for stay in (True, False):
         if not stay:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dfrot_lab import activations, dfrot, evaluation, massive, rotations
@@ -23,6 +23,7 @@ __all__ = [
     "errors_by_layer",
     "pictures",
     "recollected",
+    "refined_again",
     "similarity",
     "slips",
     "static",
@@ -72,14 +73,7 @@ def recollected(lab: Lab, rounds: int, seed: int, windows: int) -> list[dict[str
     for k in range(1, rounds + 1):
         r, about = rotations.load(path)
         model = lab.quantized(str(path), seed)
-        # memory: one copy of the calibration activations
-        found = activations.capture(model, lab.calibration_tokens[:1])
-        back = r.mT.float()
-        x = torch.stack([y[0].float().cpu() @ back for _, _, y in found])
-        r, log = dfrot.optimize(
-            activations.Activations.of(x), r, QuantSpec(), dfrot.Weighting(),
-            iterations=lab.iterations, rows=lab.rows, device=lab.device, progress=f"round {k}",
-        )  # fmt: skip
+        r, log = refined_again(lab, model, r, lab.iterations, progress=f"round {k}")
         path = (
             Path(lab.folder) / "artefacts" / "rotations" / f"recollected-{k}-seed{seed}.safetensors"
         )
@@ -87,6 +81,29 @@ def recollected(lab: Lab, rounds: int, seed: int, windows: int) -> list[dict[str
         ppl = lab.perplexity(str(path), seed, windows=windows)["ppl"]
         out.append({"round": k, "ppl": ppl, "loss": float(f"{log.rotated[-1]:.6g}")})
     return out
+
+
+def refined_again(
+    lab: Lab,
+    model: nn.Module,
+    r: Tensor,
+    iterations: int,
+    objective: str = "centroids",
+    progress: str = "again",
+) -> tuple[Tensor, dfrot.Log]:
+    """(R1, its log) from `r` on, on what the norms of `model`, which has `r`, put out, turned back by Rᵀ.
+
+    The lab's calibration windows, its share of rows and γ = 100. Memory holds these activations once.
+    """
+    back, found = r.mT.float(), []
+    for window in lab.calibration_tokens:
+        captured = activations.capture(model, window[None])
+        found.append(torch.stack([y[0].float().cpu() @ back for _, _, y in captured]))
+    return dfrot.optimize(
+        activations.Activations.of(torch.cat(found, 1)), r, QuantSpec(), dfrot.Weighting(),
+        iterations=iterations, rows=lab.rows, objective=objective, device=lab.device,
+        progress=progress,
+    )  # fmt: skip
 
 
 def task_loss(lab: Lab, seed: int, windows: int) -> list[dict[str, Any]]:
