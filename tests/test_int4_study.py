@@ -296,6 +296,32 @@ def test_committed_measurements_are_read_with_their_provenance(tmp_path):
     assert int4_speed.committed(tmp_path / "cpu") is None
 
 
+def test_an_older_run_of_the_same_device_fills_the_gaps(tmp_path):
+    written(tmp_path / "new")
+    path = tmp_path / "new" / "kernels.json"
+    new = json.loads(path.read_text())
+    new["rows"] = [r for r in new["rows"] if r["who"] != "gemlite A16W4"]
+    new["targets"].append(new["targets"][0] | {"target": "ahead of gemlite", "worst": None})
+    path.write_text(json.dumps(new))
+    written(tmp_path / "old", date="2026-11-20T00:00:00+00:00")
+    path = tmp_path / "old" / "kernels.json"
+    old = json.loads(path.read_text())
+    for row in old["rows"]:
+        row["ms50"] = 9.0
+    old["targets"] = [t | {"worst": 0.5} for t in new["targets"]]
+    path.write_text(json.dumps(old))
+    written(tmp_path / "other", date="2026-11-21T00:00:00+00:00", device="Other GPU")
+    found = int4_speed.committed(tmp_path)
+    assert "earlier runs (2026-11-20)" in found["said"]
+    times = {
+        who: {r["ms50"] for r in found["rows"] if r["who"] == who}
+        for who in ("dfrot W4A4", "gemlite A16W4")
+    }
+    assert 9.0 not in times["dfrot W4A4"] and times["gemlite A16W4"] == {9.0}
+    worst = {t["target"]: t["worst"] for t in found["targets"]}
+    assert worst == {"W4A4 prefill": 1.5, "ahead of gemlite": 0.5, "decode": None}
+
+
 def test_where_nothing_was_measured_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(int4_speed, "SECONDS", 0.0)
     monkeypatch.setattr(int4_speed, "ROWS", (1, 4))

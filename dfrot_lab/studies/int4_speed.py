@@ -90,14 +90,40 @@ def _afresh(root: Path, folder: Path) -> dict[str, Any]:
 
 
 def committed(folder: Path, origin: str = "committed") -> dict[str, Any] | None:
-    """The newest kernels.json under `folder`, with the end_to_end.json beside it; None without one."""
+    """The newest kernels.json of a GPU under `folder`, with the end_to_end.json beside it; None without one.
+
+    What older ones of the same device have besides is added, row by row and target by target.
+    """
     documents = [(files.read_json(path), path) for path in sorted(folder.glob("**/kernels.json"))]
     documents = [(d, path) for d, path in documents if d["provenance"].get("capability")]
+    documents.sort(key=lambda each: each[0]["provenance"]["date"], reverse=True)
     if not documents:
         return None
-    document, path = max(documents, key=lambda each: each[0]["provenance"]["date"])
+    newest, path = documents[0]
+    device = newest["provenance"]["device"]
+    older = [d for d, _ in documents[1:] if d["provenance"]["device"] == device]
     whole = path.with_name("end_to_end.json")
-    return from_benchmarks(document, files.read_json(whole) if whole.is_file() else None, origin)
+    whole = files.read_json(whole) if whole.is_file() else None
+    return from_benchmarks(_with_older(newest, older), whole, origin)
+
+
+def _with_older(newest: dict[str, Any], older: list[dict[str, Any]]) -> dict[str, Any]:
+    """`newest` with the sizes and contestants that only `older` has, and the verdicts that it lacks."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    verdicts: dict[str, dict[str, Any]] = {}
+    for document in (newest, *older):
+        for row in document["rows"]:
+            if row["gate"] == "ok":
+                rows.setdefault(
+                    tuple(row.get(c) for c in ("op", "shape", "n", "k", "m", "who")), row
+                )
+        for target in document["targets"]:
+            if target["worst"] is not None or target["target"] not in verdicts:
+                old = verdicts.setdefault(target["target"], target)
+                if old["worst"] is None:
+                    verdicts[target["target"]] = target
+    added = sorted({d["provenance"]["date"][:10] for d in older})
+    return newest | {"rows": [*rows.values()], "targets": [*verdicts.values()], "added": added}
 
 
 def from_benchmarks(
@@ -107,11 +133,16 @@ def from_benchmarks(
     about = kernels["provenance"]
     dirty = " with changes" if about["dirty"] else ""
     backend = "the interpreter" if about["interpreted"] else about["backend"]
+    added = (
+        f" What it left out is of earlier runs ({', '.join(days)})."
+        if (days := kernels.get("added"))
+        else ""
+    )
     return {
         "origin": origin,
         "said": f"{origin.capitalize()}: {about['device']}, {about['date'][:10]}, commit "
         f"{(about['commit'] or 'unknown')[:7]}{dirty}, torch {about['torch']}, triton "
-        f"{about['triton']}, {backend}.",
+        f"{about['triton']}, {backend}.{added}",
         "provenance": about,
         "device": about["device"],
         "ceilings": kernels["sessions"][-1]["ceilings"],
