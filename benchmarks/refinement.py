@@ -1,5 +1,7 @@
 """R1 refined in each way that `dfrot.optimize` has, on a model's activations: is the fast one as good?
 
+    python -m benchmarks.refinement --out figures/refinement.json --page docs/optimiser.md
+
 From RH, γ = 100, the evaluation's quantizer, on the profile's calibration windows. Three tables:
 
 - perplexity by how R1 was made, on evaluation windows that ranked nothing (1 and 2 did, in notebook 9);
@@ -37,6 +39,7 @@ from dfrot_lab.quantizers import QuantSpec
 from dfrot_lab.studies.perplexities import paired
 from dfrot_lab.weighting import Weighting
 
+MARK = "<!-- benchmarks/refinement.py -->"
 SPEC, WEIGHTING, OMEGA = QuantSpec(), Weighting(100.0), 1.6
 STOPS = (0.0, 1e-2, 3e-3, 1e-3)  # 0: all steps
 CODE = ("dfrot_lab.quantizers", "dfrot_lab.linears", "dfrot_lab.quantized_model")
@@ -225,6 +228,11 @@ def by_stop(rows: list[dict[str, Any]], plan: Plan) -> str:
     return pages.table((*header, "held back"), out)
 
 
+def markdown(rows: list[dict[str, Any]], plan: Plan) -> str:
+    """The three tables."""
+    return "\n\n".join(table(rows, plan) for table in (by_perplexity, by_sampling, by_stop))
+
+
 # --- the file --------------------------------------------------------------------------------------
 
 
@@ -240,6 +248,9 @@ def opened(out: Path, origin: dict[str, Any], settings: dict[str, Any]) -> dict[
 
 @click.command(context_settings={"show_default": True})
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The numbers (.json).")
+@click.option(
+    "--page", type=click.Path(path_type=Path), help=f"Put them there, between two lines {MARK}"
+)
 @click.option("--profile", default="demo")
 @click.option("--folder", type=click.Path(path_type=Path), help="[default: results/PROFILE]")
 @click.option("--seeds", default="0,1,2", help="Of RH, by commas.")
@@ -250,7 +261,13 @@ def opened(out: Path, origin: dict[str, Any], settings: dict[str, Any]) -> dict[
 @click.option("--relaxed", default=12, help="Steps of the relaxed ways.")
 @click.option("--limit", default=300, help="Steps that a stop can save from.")
 def main(
-    out: Path, profile: str, folder: Path | None, seeds: str, draws: int, **given: int
+    out: Path,
+    page: Path | None,
+    profile: str,
+    folder: Path | None,
+    seeds: str,
+    draws: int,
+    **given: int,
 ) -> None:
     """Measure what FILE lacks, then print the three tables as markdown."""
     if not 1 <= given["first"] < given["last"]:
@@ -276,8 +293,7 @@ def main(
             bar.set_postfix_str(" ".join(map(str, job.values())))
             rows.append(bench.measure(job))
             records.write_text(out, json.dumps(kept, indent=1) + "\n")
-    for table in (by_perplexity, by_sampling, by_stop):
-        print(f"\n{table([found(job) for job in wanted], plan)}")
+    pages.publish(markdown([found(job) for job in wanted], plan), page, MARK)
 
 
 if __name__ == "__main__":

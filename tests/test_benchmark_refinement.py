@@ -4,6 +4,8 @@ import json
 import math
 import re
 import statistics
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +170,12 @@ def test_rows_of_other_settings_are_not_mixed(toy, more, said):
 def test_one_window_has_no_interval(tmp_path):
     done = run(tmp_path, "--first", "3")
     assert done.exit_code == 2 and "an interval needs two windows" in done.output
+
+
+def test_the_committed_numbers_are_those_of_the_page():
+    root = Path(__file__).parents[1]
+    document, mark = json.loads((root / "figures" / "refinement.json").read_text()), refinement.MARK
+    known = {f.name for f in fields(Plan)}
+    plan = Plan(**{k: v for k, v in document["settings"].items() if k in known})
+    text = f"{mark}\n{refinement.markdown(document['rows'], plan)}\n{mark}"
+    assert text in (root / "docs" / "optimiser.md").read_text()
