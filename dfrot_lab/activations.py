@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Activations:
     X: Tensor
     sites: tuple[str, ...]
     metadata: dict
+    piece: int = 2048  # rows of a chunk
 
     @property
     def d(self) -> int:
@@ -53,22 +54,23 @@ class Activations:
         which = [i * len(self.sites) // count for i in range(count)]
         return Activations(self.X[which], tuple(self.sites[i] for i in which), self.metadata)
 
-    @property
-    def piece(self) -> int:
-        """Rows of a chunk: on a GPU more, or its time goes into starting kernels."""
-        return 16_384 if self.X.is_cuda else 2048
-
     def chunks(self, rows: int | None = None) -> Iterator[Tensor]:
         """All rows, [≤ rows, d] at a time in a fixed order; may be iterated again and again."""
         for x in self.X:
             yield from x.split(rows or self.piece)
 
     def on(self, device: str) -> Activations:
-        """The same on a GPU, where they take at most half of its free memory; else as they are."""
+        """For use on a GPU: there where they take at most half of its free memory, else as they are.
+
+        Either way in longer chunks, or a GPU's time goes into starting kernels: sums do not depend on
+        what else its memory holds.
+        """
         device = torch.device(device)
-        if device.type != "cuda" or 2 * self.X.nbytes > torch.cuda.mem_get_info(device)[0]:
+        if device.type != "cuda":
             return self
-        return Activations(self.X.to(device), self.sites, self.metadata)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        fits = 2 * self.X.nbytes <= torch.cuda.mem_get_info(device)[0] + held
+        return replace(self, X=self.X.to(device) if fits else self.X, piece=16_384)
 
     @classmethod
     def of(cls, x: Tensor) -> Activations:

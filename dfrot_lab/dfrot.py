@@ -104,6 +104,7 @@ def optimize(
     weights, count = row_weights(x, spec, weighting)
     scores = importance(x, r, spec, weights) if sampling == "importance" and rows < 1 else None
     x, weights = subsample(x, spec, weighting, weights, rows, scores=scores)
+    x = x.on(device)
     gram = torch.zeros(x.d, x.d, dtype=torch.float64, device=device)
     for chunk, w in _pairs(x, weights, torch.float64, device):
         gram += (chunk * w[:, None]).mT @ chunk

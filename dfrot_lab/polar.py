@@ -2,11 +2,11 @@
 
     polar(M) = argmax over RᵀR = I of tr(RᵀM)
 
-An SVD gives it and does more than is asked. `products` needs matrix products alone: X ← X·p(XᵀX), with the
-p of degree 2 that brings all singular values in [ℓ, u] nearest to 1, step by step (Polar Express, Amsel et
-al., arXiv 2505.16932). An ℓ above the least singular value would leave a matrix that is not orthogonal, so
-every result is checked, and `newton`, scaled Newton iterations (Higham, 1986), takes over, then `svd`.
-`mixed` begins with one of Newton's, which takes the square root of the condition and whose inverse says ℓ.
+An SVD gives it and does more than is asked. On a GPU `mixed` takes one inverse (a step of Newton's, which
+says how small the least singular value ℓ is), a Cholesky factor or two (QDWH), and products: X ← X·p(XᵀX),
+with the p of degree 2 that brings [ℓ, 1] nearest to 1, step by step (Polar Express, arXiv 2505.16932).
+Its result is checked; `newton`, scaled Newton iterations alone (Higham, 1986), takes over, then `svd`.
+`products` needs products alone and guesses ℓ: too large an ℓ leaves a matrix that is not orthogonal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def polar(m: Tensor) -> Tensor:
     m = m.double()
     if not torch.isfinite(m).all():
         raise ValueError("a matrix with NaN or Inf has no polar factor: check the activations")
-    for method in _before_svd(m.device.type):
+    methods = _before_svd(m.device.type)
+    if methods:  # no norm is to under- or overflow
+        m = m / m.abs().max().clamp_min(torch.finfo(m.dtype).tiny)
+    for method in methods:
         q = method(m)
         if q is not None and _is_polar(q, m):
             return q
@@ -62,7 +65,7 @@ def residual(q: Tensor) -> float:
 
 
 def _is_polar(q: Tensor, m: Tensor) -> bool:
-    """Whether Q is orthogonal and QᵀM symmetric, with eigenvalues that are not negative by their sum.
+    """Whether Q is orthogonal and QᵀM symmetric, with a trace that is not negative.
 
     Every iteration here keeps the sign of singular values, so symmetry is what is left to check.
     """
@@ -71,6 +74,7 @@ def _is_polar(q: Tensor, m: Tensor) -> bool:
     return (
         residual(q) < ORTHOGONAL * max(1, len(m) / 1000)
         and (h - h.mT).abs().max().item() <= SYMMETRIC * size
+        and h.trace().item() >= 0
     )
 
 

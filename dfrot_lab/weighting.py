@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ def subsample(
         kept = torch.rand(len(chunk), generator=generator).to(p.device) < p
         picked.append(chunk[kept])
         scaled.append((w / p)[kept])
-    few = Activations.of(torch.cat(picked))
+    few = replace(Activations.of(torch.cat(picked)), piece=x.piece)
     return few, list(torch.cat(scaled).split(few.piece))
 
 

@@ -310,9 +310,11 @@ def test_an_older_run_of_the_same_device_fills_the_gaps(tmp_path):
         row["ms50"] = 9.0
     old["targets"] = [t | {"worst": 0.5} for t in new["targets"]]
     path.write_text(json.dumps(old))
-    written(tmp_path / "other", date="2026-11-21T00:00:00+00:00", device="Other GPU")
+    for i, change in enumerate(({"device": "Other GPU"}, {"triton": "3.0.0"})):
+        written(tmp_path / f"other{i}", date="2026-11-21T00:00:00+00:00", **change)
     found = int4_speed.committed(tmp_path)
-    assert "earlier runs (2026-11-20)" in found["said"]
+    assert {r.get("of") for r in found["rows"]} == {None, "2026-11-20T00:00:00+00:00"}
+    assert "left out is of 2026-11-20 00:00" in found["said"]
     times = {
         who: {r["ms50"] for r in found["rows"] if r["who"] == who}
         for who in ("dfrot W4A4", "gemlite A16W4")

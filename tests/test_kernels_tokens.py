@@ -6,6 +6,7 @@ product, a code may differ by one where y/Δ is a rounding tie within float erro
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from dfrot_kernels import reference, tokens
@@ -204,3 +205,31 @@ def test_variants_name_the_kernels_arguments():
         assert list(v.signature) == v.kernel.arg_names
         assert set(v.constants) == {n for n, kind in v.signature.items() if kind == "constexpr"}
         assert set(v.aligned) < set(v.signature)
+
+
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """ab + c of fp32 numbers, rounded once: exact product, sum rounded to odd in fp64, then to fp32."""
+    p, c = a.astype(np.float64) * b, c.astype(np.float64)
+    s = p + c
+    back = s - p
+    rest = (p - (s - back)) + (c - back)
+    toward = np.where((rest > 0) == (s > 0), 1, -1)
+    odd = (s.view(np.int64) & 1) == 1
+    return (
+        (s.view(np.int64) + np.where((rest != 0) & ~odd, toward, 0)).view(np.float64).astype("f4")
+    )
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 9.9e-31, 1e-38, 2e37])
+def test_a_quotient_without_division_is_the_rounded_one(size):
+    """What `common.quotient` does on a GPU, which the interpreter cannot: numbers at and beside ties."""
+    rng = np.random.default_rng(0)
+    scale = (size * rng.uniform(1, 2, 100_000)).astype("f4")
+    x = (scale.astype(np.float64) * (rng.integers(0, 16, scale.size) + 0.5)).astype("f4")
+    x = (x.view(np.int32) + rng.integers(-3, 4, x.size).astype(np.int32)).view(np.float32)
+    wanted = x / scale
+    up = np.where(scale < np.float32(1e-30), np.float32(2.0**64), np.float32(1))
+    scale, x = scale * up, x * up
+    inverse = np.float32(1) / scale
+    q = x * inverse
+    assert np.array_equal(fused(fused(-q, scale, x), inverse, q), wanted)

@@ -57,7 +57,7 @@ def test_each_fast_path_is_the_svd(monkeypatch, decades, method):
         assert (q - wanted).abs().max() < 1e-8
 
 
-def test_a_gpu_takes_products_first_and_a_cpu_the_svd():
+def test_a_gpu_takes_the_mixed_way_first_and_a_cpu_the_svd():
     assert polar._before_svd("cuda") == (polar.mixed, polar.newton)
     assert polar._before_svd("cpu") == ()
 
@@ -120,6 +120,19 @@ def test_peaks_are_brought_down_and_the_polar_factor_stays(d, peaks, decades, se
     if decades < 6:
         assert (q - wanted).abs().max() < 1e-5 * 10 ** (decades - 6)
     assert polar._is_polar(q, m)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_a_gpu_knows_no_scale(monkeypatch, size):
+    """Norms of these would under- or overflow."""
+    as_on_a_gpu(monkeypatch)
+    m, wanted, _ = graded(80, 3, 7)
+    assert (polar.polar(m / m.abs().max() * size) - wanted).abs().max() < 1e-12
+
+
+def test_the_negative_of_a_polar_factor_is_none():
+    m, wanted, _ = graded(20, 2, 1)
+    assert polar._is_polar(wanted, m) and not polar._is_polar(-wanted, m)
 
 
 @pytest.mark.parametrize("broken", [["mixed"], ["mixed", "newton"], ["newton", "mixed"]])

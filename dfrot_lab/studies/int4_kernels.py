@@ -121,6 +121,7 @@ def _cases(device: str) -> list[tuple[str, str, tuple, dict[str, Any]]]:
          (normal(2, 4, 32), keys, values, lengths), {}),
         ("rotate_quantize_error", "fp32 [9, 70] · [70, 70]",
          (normal(9, 70, dtype=fp32), normal(70, 70, dtype=fp32) / 70**0.5), {}),
+        ("quantize_error", "fp32 [9, 70]", (normal(9, 70, dtype=fp32),), {}),
     ]  # fmt: skip
 
 

@@ -92,7 +92,8 @@ def _afresh(root: Path, folder: Path) -> dict[str, Any]:
 def committed(folder: Path, origin: str = "committed") -> dict[str, Any] | None:
     """The newest kernels.json of a GPU under `folder`, with the end_to_end.json beside it; None without one.
 
-    What older ones of the same device have besides is added, row by row and target by target.
+    What older ones of the same device, torch and triton have besides is added, row by row and target by
+    target; such a row carries the date of its run.
     """
     documents = [(files.read_json(path), path) for path in sorted(folder.glob("**/kernels.json"))]
     documents = [(d, path) for d, path in documents if d["provenance"].get("capability")]
@@ -100,8 +101,12 @@ def committed(folder: Path, origin: str = "committed") -> dict[str, Any] | None:
     if not documents:
         return None
     newest, path = documents[0]
-    device = newest["provenance"]["device"]
-    older = [d for d, _ in documents[1:] if d["provenance"]["device"] == device]
+    same = ("device", "torch", "triton", "backend")
+    older = [
+        d
+        for d, _ in documents[1:]
+        if all(d["provenance"][k] == newest["provenance"][k] for k in same)
+    ]
     whole = path.with_name("end_to_end.json")
     whole = files.read_json(whole) if whole.is_file() else None
     return from_benchmarks(_with_older(newest, older), whole, origin)
@@ -112,18 +117,21 @@ def _with_older(newest: dict[str, Any], older: list[dict[str, Any]]) -> dict[str
     rows: dict[tuple, dict[str, Any]] = {}
     verdicts: dict[str, dict[str, Any]] = {}
     for document in (newest, *older):
+        from_older = {} if document is newest else {"of": document["provenance"]["date"]}
         for row in document["rows"]:
             if row["gate"] == "ok":
-                rows.setdefault(
-                    tuple(row.get(c) for c in ("op", "shape", "n", "k", "m", "who")), row
-                )
+                size = tuple(row.get(c) for c in ("op", "shape", "n", "k", "m", "who"))
+                rows.setdefault(size, row | from_older)
         for target in document["targets"]:
-            if target["worst"] is not None or target["target"] not in verdicts:
-                old = verdicts.setdefault(target["target"], target)
-                if old["worst"] is None:
-                    verdicts[target["target"]] = target
-    added = sorted({d["provenance"]["date"][:10] for d in older})
-    return newest | {"rows": [*rows.values()], "targets": [*verdicts.values()], "added": added}
+            old = verdicts.setdefault(target["target"], target)
+            if old["worst"] is None and target["worst"] is not None:
+                verdicts[target["target"]] = target | from_older
+    added = {each["of"] for each in (*rows.values(), *verdicts.values()) if "of" in each}
+    return newest | {
+        "rows": [*rows.values()],
+        "targets": [*verdicts.values()],
+        "added": sorted(added),
+    }
 
 
 def from_benchmarks(
@@ -134,8 +142,8 @@ def from_benchmarks(
     dirty = " with changes" if about["dirty"] else ""
     backend = "the interpreter" if about["interpreted"] else about["backend"]
     added = (
-        f" What it left out is of earlier runs ({', '.join(days)})."
-        if (days := kernels.get("added"))
+        f" What it left out is of {', '.join(each.replace('T', ' ')[:16] for each in earlier)}."
+        if (earlier := kernels.get("added"))
         else ""
     )
     return {
@@ -148,7 +156,11 @@ def from_benchmarks(
         "ceilings": kernels["sessions"][-1]["ceilings"],
         "baseline": "cuBLAS bf16",
         "ours": list(OURS),
-        "rows": [{c: r.get(c) for c in COLUMNS} for r in kernels["rows"] if r["gate"] == "ok"],
+        "rows": [
+            {c: r.get(c) for c in COLUMNS} | ({"of": r["of"]} if "of" in r else {})
+            for r in kernels["rows"]
+            if r["gate"] == "ok"
+        ],
         "end_to_end": [r for r in (whole or {}).get("rows", []) if r["gate"] == "ok"],
         "targets": kernels["targets"] + (whole or {}).get("targets", []),
     }

@@ -95,12 +95,13 @@ def refined_again(
 
     The lab's calibration windows, its share of rows and γ = 100. Memory holds these activations once.
     """
-    back, found = r.mT.float(), []
-    for window in lab.calibration_tokens:
-        captured = activations.capture(model, window[None])
-        found.append(torch.stack([y[0].float().cpu() @ back for _, _, y in captured]))
+    back, tokens, mine = r.mT.float(), lab.calibration_tokens, lab.activations
+    x, n = torch.empty(len(mine.sites), tokens.numel(), mine.d), tokens.shape[1]
+    for k, window in enumerate(tokens):
+        for i, _, y in activations.capture(model, window[None]):
+            x[i, k * n : (k + 1) * n] = y[0].float().cpu() @ back
     return dfrot.optimize(
-        activations.Activations.of(torch.cat(found, 1)), r, QuantSpec(), dfrot.Weighting(),
+        activations.Activations.of(x), r, QuantSpec(), dfrot.Weighting(),
         iterations=iterations, rows=lab.rows, objective=objective, device=lab.device,
         progress=progress,
     )  # fmt: skip

@@ -103,7 +103,7 @@ def nan_unless_finite(b_x):
 
 @triton.jit
 def quotient(b_x, b_scale):
-    """b_x/b_scale rounded to nearest, of |b_x/b_scale| < 2²⁴: a division for each row, none for its numbers.
+    """b_x/b_scale rounded to nearest, of 2⁻¹⁰⁰ < |b_x/b_scale| < 2²⁴: a division a row, none a number.
 
     With r = 1/Δ rounded to nearest, q = xr is off by two last places at most and x − qΔ is exact in one fused
     multiply-add, so that q + (x − qΔ)r is the rounded quotient (Markstein, 1990). It is several times

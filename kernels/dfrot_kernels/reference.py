@@ -141,7 +141,8 @@ def step(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 def _over(x: Tensor, number: int) -> Tensor:
     """x/number, rounded to nearest; a GPU would multiply by the reciprocal of what is not a tensor there."""
-    return x / torch.full_like(x, number)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide / torch.full_like(wide, number)).to(x.dtype)
 
 
 def quantize(
