@@ -1,4 +1,4 @@
-"""What notebook 9 leaves out, at toy sizes: every row is measured, once; the page has the committed numbers."""
+"""What notebook 9 leaves out, at toy sizes: every row is measured, and once."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-30, 9.9e-31, 1e-38, 2e37])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 9.9e-31, 1e-38, 1e37])
 def test_a_quotient_without_division_is_the_rounded_one(size):
     """What `common.quotient` does on a GPU, which the interpreter cannot: numbers at and beside ties."""
     rng = np.random.default_rng(0)
