@@ -53,7 +53,10 @@ def precisions(device: str, low: bool) -> dict[str, dict]:
     kinds: dict[str, dict] = {"fp32": {}}
     if device != "cpu":
         kinds["tf32"] = {"tf32": True}
-    return kinds | ({"bf16": {"dtype": torch.bfloat16}} if low else {})
+    if low:
+        kinds["fp32, error bf16"] = {"error_dtype": torch.bfloat16}
+        kinds["bf16"] = {"dtype": torch.bfloat16}
+    return kinds
 
 
 def published_step(normal: Tensor, massive: Tensor, r: Tensor) -> Tensor:

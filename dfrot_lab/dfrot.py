@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ def optimize(
     relax: float = 1.0,
     stop: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    error_dtype: torch.dtype | None = None,
     tf32: bool = False,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
@@ -81,7 +83,8 @@ def optimize(
     relax: ω in R ← polar(XᵀW²(XR − ωE)), E = XR − B, 0 < ω < 2: 1 as published; 1.6 needs a quarter of the
     steps and ends lower (docs/optimiser.md), though no step is then proven to lower the loss.
     stop: end when ten steps have lowered the loss by less than this share of it; 0 never.
-    dtype: of XR and of XᵀE, bfloat16 for "fast" alone; sums over rows are fp64. tf32: let a GPU round the
+    dtype: of XR and of XᵀE, bfloat16 for "fast" alone; sums over rows are fp64. error_dtype: bfloat16 for
+    the inputs of XᵀE alone, which is small, so that codes stay those of `dtype`. tf32: let a GPU round the
     inputs of fp32 products to 10 bits, on its tensor cores. device: where to compute, and where rows stay
     if they take at most half of its free memory; R comes back to the CPU. checkpoint: state
     saved there every `every` iterations and taken up again, to the same bytes, after an interruption; the
@@ -89,15 +92,7 @@ def optimize(
     Raises RotationError for a `start` of another size or not orthogonal, ActivationsError for NaN or Inf
     rows, ValueError for an unknown name.
     """
-    for name, value, known in (("solver", solver, SOLVERS), ("sampling", sampling, SAMPLINGS)):
-        if value not in known:
-            raise ValueError(f"{name} = {value!r}: use {' or '.join(map(repr, known))}")
-    if not 0 < relax < 2:
-        raise ValueError(f"relax = {relax}: use a number in (0, 2); 1 is the plain step")
-    if dtype == torch.bfloat16 and solver != "fast":
-        raise ValueError("dtype = bfloat16 is for solver 'fast': use float32 or float64")
-    if tf32 and (dtype != torch.float32 or not device.startswith("cuda")):
-        raise ValueError(f"tf32 with dtype = {dtype} on {device}: it is for float32 on a GPU")
+    _check(solver, sampling, relax, dtype, error_dtype, tf32, device)
     objective = objectives.named(objective, spec) if isinstance(objective, str) else objective
     r = rotations.check(start.double(), x.d, "start").clone()
     x = x.on(device)
@@ -118,12 +113,17 @@ def optimize(
     settings = (
         f"{spec} {weighting} {dtype} {iterations} {rows} {sampling} {qr} {solver} {stop} {relax}"
     )
-    settings += " tf32" * tf32 + f" {type(objective).__name__} {getattr(objective, 'beta', '')}"
+    settings += (
+        f" {error_dtype}" * (error_dtype is not None)
+        + " tf32" * tf32
+        + f" {type(objective).__name__} {getattr(objective, 'beta', '')}"
+    )
     key = hashlib.sha256(settings.encode() + r.numpy().tobytes() + gram.cpu().numpy().tobytes())
     if checkpoint and checkpoint.exists():
         r = _resume(checkpoint, key.hexdigest(), log, r, objective, device)
     r = r.to(device)
-    accumulate, factor = {"svd": (_accumulate, polar.svd), "fast": (_streamed, polar.polar)}[solver]
+    streamed = partial(_streamed, error_dtype=error_dtype)
+    accumulate, factor = {"svd": (_accumulate, polar.svd), "fast": (streamed, polar.polar)}[solver]
     first = len(log.rotated)
     bar = tqdm(
         range(first, iterations), desc=progress, initial=first, total=iterations, mininterval=2
@@ -159,6 +159,29 @@ def _tensor_cores(tf32: bool) -> Iterator[None]:
         cublas.fp32_precision = before
 
 
+def _check(
+    solver: str,
+    sampling: str,
+    relax: float,
+    dtype: torch.dtype,
+    error_dtype: torch.dtype | None,
+    tf32: bool,
+    device: str,
+) -> None:
+    """Options of `optimize` that are unknown, or do not go together: ValueError."""
+    for name, value, known in (("solver", solver, SOLVERS), ("sampling", sampling, SAMPLINGS)):
+        if value not in known:
+            raise ValueError(f"{name} = {value!r}: use {' or '.join(map(repr, known))}")
+    if not 0 < relax < 2:
+        raise ValueError(f"relax = {relax}: use a number in (0, 2); 1 is the plain step")
+    if dtype == torch.bfloat16 and solver != "fast":
+        raise ValueError("dtype = bfloat16 is for solver 'fast': use float32 or float64")
+    if error_dtype not in (None, dtype) and (error_dtype != torch.bfloat16 or solver != "fast"):
+        raise ValueError(f"error_dtype = {error_dtype}: use bfloat16, with solver 'fast', or none")
+    if tf32 and (dtype != torch.float32 or not device.startswith("cuda")):
+        raise ValueError(f"tf32 with dtype = {dtype} on {device}: it is for float32 on a GPU")
+
+
 def _settled(losses: list[float], stop: float, over: int = 10) -> bool:
     """Whether the last `over` steps have lowered the loss by less than the share `stop`."""
     return stop > 0 and len(losses) > over and losses[-1 - over] - losses[-1] < stop * losses[-1]
@@ -183,13 +206,13 @@ def _accumulate(x, r, weights, objective, dtype) -> tuple[Tensor, float, float]:
     return product, value, error
 
 
-def _streamed(x, r, weights, objective, dtype) -> tuple[Tensor, float, float]:
+def _streamed(x, r, weights, objective, dtype, error_dtype=None) -> tuple[Tensor, float, float]:
     """As `_accumulate`, in pieces that stay in the cache, whose sums are added up in fp32 before fp64.
 
-    In bf16 the two products take bf16 inputs; Y itself, what is quantized and the sums are fp32.
+    In bf16 the two products take bf16 inputs, or the second alone; what is quantized and the sums are fp32.
     """
-    low = dtype == torch.bfloat16
-    inside = torch.float32 if low else dtype
+    inside = torch.float32 if dtype == torch.bfloat16 else dtype
+    low = torch.bfloat16 in (dtype, error_dtype)
     rotation, product = r.to(dtype), torch.zeros_like(r)
     sums = torch.zeros(2, dtype=torch.float64, device=r.device)  # read once: a GPU need not wait
     part, since = torch.zeros(r.shape, dtype=inside, device=r.device), 0
@@ -203,7 +226,7 @@ def _streamed(x, r, weights, objective, dtype) -> tuple[Tensor, float, float]:
             sums[1] += torch.dot(squared, share)
             e.mul_(share.to(inside)[:, None])
             if low:
-                part += (inputs.mT @ e.to(dtype)).to(inside)
+                part += (rows.bfloat16().mT @ e.bfloat16()).to(inside)
             else:
                 part.addmm_(inputs.mT, e)
             since += len(rows)

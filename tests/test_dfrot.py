@@ -289,6 +289,31 @@ def test_a_relaxation_that_does_not_converge_is_refused(relax):
         optimize(rows(0), haar(12), QuantSpec(), Weighting(), relax=relax)
 
 
+def test_bf16_for_the_small_product_alone_leaves_the_step_as_it_is():
+    """Codes are those of fp32; only XᵀE is shorter, and E is small."""
+    x, start = rows(5, tokens=2000, d=64), haar(64, 5)
+    first, ends = {}, {}
+    for name, how in (
+        ("fp32", {}),
+        ("small", {"error_dtype": torch.bfloat16}),
+        ("bf16", {"dtype": torch.bfloat16}),
+    ):
+        first[name], _ = optimize(x, start, QuantSpec(), Weighting(), iterations=1, **how)
+        r, _ = optimize(x, start, QuantSpec(), Weighting(), iterations=30, **how)
+        ends[name] = loss(x, r, QuantSpec(), Weighting())
+    off = {n: (first[n] - first["fp32"]).abs().max().item() for n in ("small", "bf16")}
+    assert 0 < off["small"] < 1e-2 and off["small"] < off["bf16"]
+    assert ends["small"] == pytest.approx(ends["fp32"], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "how", [{"error_dtype": torch.float64}, {"error_dtype": torch.bfloat16, "solver": "svd"}]
+)
+def test_an_error_dtype_is_bf16_for_the_fast_step(how):
+    with pytest.raises(ValueError, match=r"error_dtype = .* use bfloat16, with solver 'fast'"):
+        optimize(rows(1), haar(12, 1), QuantSpec(), Weighting(), **how)
+
+
 def test_bf16_products_follow_fp32():
     x, start = rows(3, tokens=4000, d=32, dtype=torch.float32), haar(32, 3)
     ends = {}
@@ -502,7 +527,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(monkeypatch, tmp_path, solv
     interrupted(monkeypatch, path, x, start, Weighting(), at=9, **options)
     assert path.exists()
     steps, accumulate = [], getattr(dfrot, step)
-    monkeypatch.setattr(dfrot, step, lambda *a: steps.append(1) or accumulate(*a))
+    monkeypatch.setattr(dfrot, step, lambda *a, **k: steps.append(1) or accumulate(*a, **k))
     found = optimize(x, start, QuantSpec(), Weighting(), checkpoint=path, every=3, **options)
     assert len(steps) == 4  # six of ten were saved
     assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
