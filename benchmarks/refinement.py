@@ -293,6 +293,7 @@ def main(
             bar.set_postfix_str(" ".join(map(str, job.values())))
             rows.append(bench.measure(job))
             records.write_text(out, json.dumps(kept, indent=1) + "\n")
+    click.echo()  # behind the progress bar
     pages.publish(markdown([found(job) for job in wanted], plan), page, MARK)
 
 
