@@ -14,6 +14,8 @@ from safetensors import safe_open
 
 from dfrot_lab import activations, models
 from dfrot_lab.activations import Activations, ActivationsError
+from dfrot_lab.quantizers import QuantSpec
+from dfrot_lab.weighting import Weighting, subsample
 
 
 @pytest.fixture
@@ -182,3 +184,17 @@ def test_writing_to_loaded_rows_spares_the_file(collected):
     before = path.read_bytes()
     found.X.zero_()
     assert path.read_bytes() == before
+
+
+def test_rows_that_do_not_fit_a_gpu_stay_and_go_in_the_same_chunks(monkeypatch):
+    """What else its memory holds must not change the sums, which are by chunk."""
+    x = Activations.of(torch.zeros(40_000, 2))
+    assert x.on("cpu") is x and len(list(x.chunks())) == 20
+    for name, value in (("mem_get_info", (0, 0)), ("memory_reserved", 0), ("memory_allocated", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    sent = x.on("cuda")
+    assert sent.X is x.X and [len(c) for c in sent.chunks()] == [16_384, 16_384, 7232]
+    weights = [torch.ones(len(c), dtype=torch.float64) for c in sent.chunks()]
+    few, scaled = subsample(sent, QuantSpec(), Weighting(), weights, 0.9)
+    assert few.piece == sent.piece
+    assert [len(w) for w in scaled] == [len(c) for c in few.chunks()]
