@@ -11,8 +11,7 @@ Rows are kept in FILE as they come.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +19,10 @@ from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
-from benchmarks import pages, records
-from benchmarks.refinement import CODE, opened
-from dfrot_lab import dfrot, evaluation, kept_files, owners, prefix, results, rotations
+from benchmarks import pages
+from benchmarks.rows import check_windows, measured
+from dfrot_lab import dfrot, evaluation, owners, prefix, rotations
 from dfrot_lab.cli import options
 from dfrot_lab.evaluation import Perplexity
 from dfrot_lab.lab import Lab
@@ -222,29 +220,12 @@ def markdown(rows: Sequence[dict[str, Any]], second: str) -> str:
 @click.option("--out", type=PATH, required=True, help="The numbers, as JSON.")
 def main(profile, folder, seeds, first, last, second, page, out) -> None:
     """Measure what FILE lacks, print the tables."""
-    if not 1 <= first < last:
-        raise click.UsageError("--first, --last: an interval needs two windows, counted from 1")
+    check_windows(first, last)
     lab = options.quantizing(profile, folder)
-    bench = Bench(lab, first, last, second)
-    settings = {"windows": [first, last], "second": second, "code": results.code_digest(*CODE)}
-    settings |= lab.about | {"calibration": [lab.calibration, lab.calibration_seed, lab.rows]}
-    try:
-        kept = opened(out, records.provenance(torch.device(lab.device), "torch"), settings)
-    except records.ResumeError as error:
-        raise click.ClickException(str(error)) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    wanted, found = bench.jobs([int(s) for s in seeds.split(",")]), _finder(kept["rows"])
-    todo = [job for job in wanted if not found(job)]
-    with kept_files.recording(lab.folder):
-        for job in tqdm(todo, desc="further", unit="row", total=len(todo)):
-            kept["rows"].append(bench.measure(job))
-            records.write_text(out, json.dumps(kept, indent=1) + "\n")
-    pages.publish(markdown([found(job) for job in wanted], second), page, MARK)
-
-
-def _finder(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
-    """A function from a job to its row among `rows`, None where there is none."""
-    return lambda job: next((row for row in rows if row | job == row), None)
+    bench, settings = Bench(lab, first, last, second), {"windows": [first, last], "second": second}
+    wanted = bench.jobs([int(s) for s in seeds.split(",")])
+    rows = measured(out, lab, settings, wanted, bench.measure, "further")
+    pages.publish(markdown(rows, second), page, MARK)
 
 
 if __name__ == "__main__":

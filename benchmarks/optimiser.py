@@ -227,8 +227,7 @@ def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) ->
     row["published loss"] = dfrot.loss(held, r.double().cpu(), SPEC, weighting)
     row["published off"] = rotations.orthogonality_error(r.double().cpu())
     wanted, x = row["published loss"], Activations.of(x)
-    kinds = precisions(device, low) if device != "cpu" else precisions(device, False)
-    for kind, how in kinds.items():
+    for kind, how in precisions(device, low and device != "cpu").items():
         name, began = "same steps" + f" {kind}" * (kind != "fp32"), time.perf_counter()
         r, _ = dfrot.optimize(
             x, start, SPEC, weighting, iterations=iterations, device=device, progress=name, **how

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import pages
 from benchmarks.pages import NONE
+from benchmarks.rows import check_windows
 from dfrot_lab import files, kept_files
 from dfrot_lab.cli import options
 from dfrot_lab.evaluation import Perplexity
@@ -95,8 +96,7 @@ def _nll(rows: Sequence[dict[str, Any]], method: str) -> list[list[float]]:
 @click.option("--out", type=PATH, required=True, help="The numbers, as JSON.")
 def main(profile, folder, seeds, first, last, gptq, page, out) -> None:
     """Measure what the lab's folder lacks, print the table."""
-    if not 1 <= first < last:
-        raise click.UsageError("--first, --last: an interval needs two windows, counted from 1")
+    check_windows(first, last)
     lab, rows = options.quantizing(profile, folder), []
     asked = SETTINGS if gptq else [how for how in SETTINGS if how[1] == "rtn"]
     grid = [

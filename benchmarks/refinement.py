@@ -15,7 +15,6 @@ come: a run that was cut off, or one with more seeds, measures the rest.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -28,10 +27,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import pages, records
-from dfrot_lab import activations, dfrot, kept_files, owners, results, rotations
+from benchmarks import pages
+from benchmarks.rows import check_windows, measured
+from dfrot_lab import activations, dfrot, owners, rotations
 from dfrot_lab.activations import Activations
-from dfrot_lab.artefacts import MODEL_CODE, ROTATION_CODE
 from dfrot_lab.cli import options
 from dfrot_lab.evaluation import Perplexity
 from dfrot_lab.lab import Lab
@@ -42,8 +41,6 @@ from dfrot_lab.weighting import Weighting
 MARK = "<!-- benchmarks/refinement.py -->"
 SPEC, WEIGHTING, OMEGA = QuantSpec(), Weighting(100.0), 1.6
 STOPS = (0.0, 1e-2, 3e-3, 1e-3)  # 0: all steps
-CODE = ("dfrot_lab.quantizers", "dfrot_lab.linears", "dfrot_lab.quantized_model")
-CODE += (*MODEL_CODE, *ROTATION_CODE, "dfrot_lab.evaluation")
 
 
 @dataclass(frozen=True)
@@ -233,17 +230,7 @@ def markdown(rows: list[dict[str, Any]], plan: Plan) -> str:
     return "\n\n".join(table(rows, plan) for table in (by_perplexity, by_sampling, by_stop))
 
 
-# --- the file --------------------------------------------------------------------------------------
-
-
-def opened(out: Path, origin: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The document at `out`, or a new one; ResumeError where it was measured under other conditions."""
-    if not out.exists():
-        return {"provenance": origin, "settings": settings, "rows": []}
-    found = json.loads(out.read_text(encoding="utf-8"))
-    records.same(found["provenance"], origin, records.SAME)
-    records.same(found["settings"], settings, settings)
-    return found
+# --- the command --------------------------------------------------------------------------------
 
 
 @click.command(context_settings={"show_default": True})
@@ -270,31 +257,11 @@ def main(
     **given: int,
 ) -> None:
     """Measure what FILE lacks, then print the three tables as markdown."""
-    if not 1 <= given["first"] < given["last"]:
-        raise click.UsageError("--first, --last: an interval needs two windows, counted from 1")
+    check_windows(given["first"], given["last"])
     lab, plan = options.lab(profile, folder), Plan(**given)
-    settings = asdict(plan) | lab.about | {"code": results.code_digest(*CODE)}
-    settings |= {"calibration": [lab.calibration, lab.calibration_seed, lab.rows]}
-    try:
-        kept = opened(out, records.provenance(torch.device(lab.device), "torch"), settings)
-    except records.ResumeError as error:
-        raise click.ClickException(str(error)) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    wanted, rows = plan.jobs([int(s) for s in seeds.split(",")], draws), kept["rows"]
-
-    def found(job: dict[str, Any]) -> dict[str, Any] | None:
-        return next((row for row in rows if row | job == row), None)
-
-    bench, todo = Bench(lab, plan), [job for job in wanted if not found(job)]
-    done = len(wanted) - len(todo)
-    bar = tqdm(todo, desc="refinement", unit="row", initial=done, total=len(wanted))
-    with kept_files.recording(lab.folder):
-        for job in bar:
-            bar.set_postfix_str(" ".join(map(str, job.values())))
-            rows.append(bench.measure(job))
-            records.write_text(out, json.dumps(kept, indent=1) + "\n")
-    click.echo()  # behind the progress bar
-    pages.publish(markdown([found(job) for job in wanted], plan), page, MARK)
+    wanted = plan.jobs([int(s) for s in seeds.split(",")], draws)
+    rows = measured(out, lab, asdict(plan), wanted, Bench(lab, plan).measure, "refinement")
+    pages.publish(markdown(rows, plan), page, MARK)
 
 
 if __name__ == "__main__":
