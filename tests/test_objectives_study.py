@@ -16,24 +16,42 @@ def lab(tmp_path) -> Lab:
     )  # fmt: skip
 
 
-def row(objective: str, gamma: str, start: str, ppl: float) -> dict:
-    return {"objective": objective, "gamma": gamma, "start": start, "ppl": {"16-4-16": ppl}}
+def row(objective: str, gamma: str, start: str, ppl: float, rtn: float = 9.0) -> dict:
+    found = {"16-4-16": ppl, "4-4-16": rtn}
+    return {"objective": objective, "gamma": gamma, "start": start, "ppl": found}
 
 
-def test_the_best_of_each_objective_from_rh_rank():
-    rows = [
-        row("none", "none", "RH", 1.0),
-        row("centroids", "1.0", "RH", 5.0),
-        row("centroids", "100.0", "RH", 3.0),
-        row("whip", "1.0", "RH", 4.0),
-        row("whip", "1.0", "RO", 2.0),
-        row("corners", "1.0", "RH", 6.0),
+SCREENED = [
+    row("none", "none", "RH", 1.0, 1.0),
+    row("centroids", "1.0", "RH", 5.0),
+    row("centroids", "100.0", "RH", 3.0, 5.0),
+    row("whip", "1.0", "RH", 4.0),
+    row("whip", "1.0", "RO", 2.0, 6.0),
+    row("corners", "1.0", "RH", 6.0),
+    row("corners", "1.0", "RO", 7.0, 4.0),
+]
+
+
+def test_the_best_of_each_objective_rank_from_both_starts():
+    found = study.top(SCREENED, ["16-4-16"], 2)
+    assert [(r["objective"], r["gamma"], r["start"]) for r in found] == [
+        ("whip", "1.0", "RO"),
+        ("centroids", "100.0", "RH"),
     ]
-    found = study.top(rows, "16-4-16", 2)
-    assert [(r["objective"], r["gamma"]) for r in found] == [
-        ("centroids", "100.0"),
-        ("whip", "1.0"),
+
+
+def test_each_setting_puts_its_best_forward_once():
+    found = study.top(SCREENED, ["16-4-16", "4-4-16"], 2)
+    assert [study.labelled(r) for r in found] == [
+        "Whip (DartQuant), γ = 1, from RO",
+        "int4 centroids (DFRot), γ = 100",
+        "cube corners (ConQuR), γ = 1, from RO",
     ]
+
+
+def test_infinite_perplexities_rank_last():
+    rows = [row("whip", "1.0", "RH", float("inf")), row("corners", "1.0", "RO", 5.0)]
+    assert [r["objective"] for r in study.top(rows, ["16-4-16"])] == ["corners", "whip"]
 
 
 def test_screening_measures_every_pair_and_the_starts(lab):

@@ -80,16 +80,20 @@ def _ppl(lab: Lab, name: str, seed: int, windows: int, bits: list[str]) -> dict[
     return {b: lab.perplexity(name, seed, bits=b, windows=windows)["ppl"] for b in bits}
 
 
-def top(rows: list[dict[str, Any]], bits: str, count: int = 3) -> list[dict[str, Any]]:
-    """The `count` best objectives from RH by perplexity at `bits`, each at its best γ."""
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["objective"] == "none" or row["start"] != "RH":
-            continue
-        old = best.get(row["objective"])
-        if old is None or float(row["ppl"][bits]) < float(old["ppl"][bits]):
-            best[row["objective"]] = row
-    return sorted(best.values(), key=lambda r: float(r["ppl"][bits]))[:count]
+def top(rows: list[dict[str, Any]], settings: list[str], count: int = 3) -> list[dict[str, Any]]:
+    """The `count` best objectives by perplexity at each of `settings`, each at its best γ and start.
+
+    Those of the first setting come first; an objective that two settings put forward with the same γ and
+    start is there once.
+    """
+    out: list[dict[str, Any]] = []
+    for bits in settings:
+        ranked = sorted(
+            (r for r in rows if r["objective"] != "none"), key=lambda r: float(r["ppl"][bits])
+        )
+        best = {r["objective"]: r for r in reversed(ranked)}
+        out += [r for r in ranked if best[r["objective"]] is r][:count]
+    return [r for i, r in enumerate(out) if r not in out[:i]]
 
 
 def confirm(
@@ -106,16 +110,17 @@ def confirm(
     Each row has the perplexity there, KL to the floating-point model and perplexity at W16A4, and the
     latter on the corpus `second` too, which no calibration has seen.
     """
-    methods: dict[str, Preset | None] = {"RH": None} | dict(PRESETS)
-    methods[AS_MUCH] = replace(PRESETS["recommended"], objective="centroids")
+    methods: dict[str, tuple[Preset | None, str]] = {"RH": (None, "RH")}
+    methods |= {name: (preset, "RH") for name, preset in PRESETS.items()}
+    methods[AS_MUCH] = replace(PRESETS["recommended"], objective="centroids"), "RH"
     for row in chosen:
-        made = Preset(objective=row["objective"], gamma=float(row["gamma"]))
+        made = Preset(objective=row["objective"], gamma=float(row["gamma"])), row["start"]
         if made not in methods.values():
-            methods[f"{LABELS[row['objective']]}, γ = {float(row['gamma']):g}"] = made
+            methods[labelled(row)] = made
     other, out = lab.with_corpus(second) if second else None, []
-    grid = [(name, preset, s) for name, preset in methods.items() for s in seeds]
-    for name, preset, seed in tqdm(grid, desc="GPTQ", unit="row"):
-        file = "RH" if preset is None else str(preset.rotation_file(lab, seed))
+    grid = [(name, *how, s) for name, how in methods.items() for s in seeds]
+    for name, preset, start, seed in tqdm(grid, desc="GPTQ", unit="row"):
+        file = start if preset is None else str(preset.rotation_file(lab, seed, start))
         found = lab.perplexity(file, seed, bits=bits, windows=windows, method=GPTQ)
         row = {"method": name, "rotation": name, "keep": "none", "seed": seed, "bits": bits}
         row |= {"ppl": found["ppl"], "nll": found["nll"]}
@@ -125,6 +130,12 @@ def confirm(
             row["ppl_second"] = other.perplexity(file, seed, windows=windows)["ppl"]
         out.append(row | {"cost": 0.0 if preset is None else preset.cost(lab)})
     return out
+
+
+def labelled(row: dict[str, Any]) -> str:
+    """What the tables call a row of the screening."""
+    label = f"{LABELS[row['objective']]}, γ = {float(row['gamma']):g}"
+    return label if row["start"] == "RH" else f"{label}, from {row['start']}"
 
 
 def _kl(lab: Lab, file: str, seed: int, windows: int) -> float:
