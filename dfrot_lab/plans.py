@@ -181,21 +181,23 @@ def _packed(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
 
 def _objectives(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
     """Seconds of notebook 09, see `studies.objectives`: screening, GPTQ, task loss, prefix, values."""
-    w, seeds = own["windows"] or TEXT // common["seqlen"], len(common["seeds"])
+    w, seeds = own["windows"], len(common["seeds"])
+    new = own["confirm_windows"] or max(TEXT // common["seqlen"] - w, 1)
     screened = 2 * len(own["objectives"]) * len(own["gammas"])
     settings = own["screen_bits"]
     best = min(3 * len(settings), screened)  # three of each ranking, at most
     refined = screened + (1 + best) * seeds  # `dfrot` besides
     steps = 2 * seeds * 100 / common["iterations"]  # `recommended`, and `dfrot` with its steps
     models = (1 + 3 + best) * seeds  # RH besides; each with GPTQ and with W16
-    texts = 4 + bool(own["second"])  # perplexity of both, KL of two models
-    rows = (screened + 2) * len(settings) + models * texts + 2 + 3 * 2 + 2 * seeds
+    passes = (screened + 2) * len(settings) * w + (3 + 2 * seeds) * new  # prefix, values
+    # perplexity of both kinds, of windows that ranked too, KL of two models, the second text
+    passes += models * (2 * (w + new) + 2 * new + bool(own["second"]) * w) + 2 * (w + new) + 2 * new
     # forward, and backward with respect to activations: three times a forward pass
     cayley = 3 * own["cayley_steps"] * own["cayley_length"] / common["seqlen"]
     rounded = sum(not b.startswith("16") for b in settings) * (screened + 2)
     builds = (screened + 2) * len(settings) + models * (2 + bool(own["second"])) + 3 + 2 * seeds
     return (
-        (rows * w + cayley + 8) * t.window  # 8: calibration windows of `recommended`
+        (passes + cayley + 8) * t.window  # 8: calibration windows of `recommended`
         + builds * t.build
         + rounded * t.rtn
         + models * t.gptq

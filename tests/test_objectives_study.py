@@ -54,6 +54,31 @@ def test_infinite_perplexities_rank_last():
     assert [r["objective"] for r in study.top(rows, ["16-4-16"])] == ["corners", "whip"]
 
 
+def test_windows_behind_those_that_rank(lab):
+    there = len(lab.evaluation_tokens(0))
+    assert study.behind(lab, 2, 4) == slice(2, 6)
+    assert study.behind(lab, 2, 0) == slice(2, there)
+    for windows, count in ((0, 4), (0, 0), (there, 0)):
+        with pytest.raises(ValueError, match=f"windows = {windows}, confirm_windows = {count}: "):
+            study.behind(lab, windows, count)
+
+
+def test_confirmed_on_windows_behind_those_that_rank(lab, monkeypatch):
+    quick = Preset(objective="kurtosis", windows=8, iterations=2)
+    monkeypatch.setitem(PRESETS, "recommended", quick)
+    chosen = [row("whip", "1.0", "RO", 2.0), row("centroids", "100.0", "RH", 3.0)]
+    rows = study.confirm(lab, chosen, [0, 1], slice(1, 3), "4-4-16", None)
+    names = ["RH", "dfrot", "recommended", study.AS_MUCH, "Whip (DartQuant), γ = 1, from RO"]
+    assert [(r["method"], r["seed"]) for r in rows] == [(n, s) for n in names for s in (0, 1)]
+    whole = lab.perplexity("RH", 1, windows=3, bits="4-4-16", method=study.GPTQ)["nll"]
+    assert rows[1]["nll"] == whole[1:] and len(whole) == 3
+    path = Preset(objective="whip", gamma=1.0).rotation_file(lab, 0, "RO")
+    assert (
+        rows[-2]["nll"]
+        == lab.perplexity(str(path), 0, windows=3, bits="4-4-16", method=study.GPTQ)["nll"][1:]
+    )
+
+
 def test_screening_measures_every_pair_and_the_starts(lab):
     rows = study.screen(lab, ["centroids", "corners"], [1.0, 10.0], 0, 1, ["16-4-16"])
     assert len(rows) == 2 + 2 * 2 * 2
@@ -82,14 +107,14 @@ def test_presets_have_their_names():
 
 
 def test_the_task_loss_reference_is_made_once(lab, monkeypatch):
-    rows = study.by_task_loss(lab, ["RH"], 0, 2, 16, 1)
+    rows = study.by_task_loss(lab, ["RH"], 0, 2, 16, slice(1, 2))
     monkeypatch.setattr(study.cayley, "refine", None)
-    assert study.by_task_loss(lab, ["RH"], 0, 2, 16, 1) == rows
+    assert study.by_task_loss(lab, ["RH"], 0, 2, 16, slice(1, 2)) == rows
     assert rows[0]["tokens"] == 32 and len(rows[0]["losses"]) == 2 and rows[0]["cost"] > 0
 
 
 def test_prefix_rows(lab):
-    found = study.by_prefix(lab, {"RH": "RH"}, 0, 1)
+    found = study.by_prefix(lab, {"RH": "RH"}, 0, slice(1, 2))
     assert found["prefix"] and found["rows"][0]["rotation"] == "RH"
     assert found["rows"][0]["plain"] != found["rows"][0]["prefixed"]
 
@@ -97,13 +122,13 @@ def test_prefix_rows(lab):
 def test_values_refined_for_each_head(lab, monkeypatch):
     quick = Preset(objective="kurtosis", gamma=100.0, windows=8, iterations=2)
     monkeypatch.setitem(PRESETS, "recommended", quick)
-    rows = study.by_values(lab, ["centroids", "kurtosis"], [0, 1], 1)
+    rows = study.by_values(lab, ["centroids", "kurtosis"], [0, 1], slice(1, 2))
     assert [(r["values"], r["seed"]) for r in rows] == [
         (v, s) for s in (0, 1) for v in ("Hadamard", "centroids", "kurtosis")
     ]
     assert rows[1]["after"] < rows[1]["before"]
     assert len({r["ppl"] for r in rows}) == 6
     monkeypatch.setattr(study.evaluation, "perplexity", None)  # all of it is kept
-    assert study.by_values(lab, ["centroids", "kurtosis"], [0, 1], 1) == rows
+    assert study.by_values(lab, ["centroids", "kurtosis"], [0, 1], slice(1, 2)) == rows
     table = study.values_table({"values": rows})
     assert len(table.rows) == 3 and "→" in table.rows[1][2]

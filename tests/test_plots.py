@@ -451,6 +451,7 @@ def _objectives(infinite: bool) -> dict:
     return {
         "screen_bits": bits,
         "windows": 2,
+        "confirm_windows": 4,
         "screen": screened,
         "confirm": [{"bits": "4-4-16"}],
         "pareto": [{"method": m, "cost": c} | spreads for m, c in methods.items()]

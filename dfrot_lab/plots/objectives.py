@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.stats import kendalltau
 
 from dfrot_lab.plots import style
 from dfrot_lab.plots.style import COLOUR, MARKER, PAGE, array, figure, number
@@ -26,7 +27,23 @@ STARTS = ("RO", "RH")
 
 
 def _screening_numbers(result: dict[str, Any]) -> dict[str, Any]:
-    bits, told = result["screen_bits"][0], []
+    told = "; ".join(f"at {bits} {_best(result, bits)}" for bits in result["screen_bits"])
+    windows = style.count(result["windows"], "window")
+    return {"best": told, "windows": windows, "alike": _alike(result)}
+
+
+def _alike(result: dict[str, Any]) -> str:
+    """Kendall's τ between the rankings by the first setting and by each other one, starts left out."""
+    first, *others = result["screen_bits"]
+    rows = [r["ppl"] for r in result["screen"] if r["objective"] != "none"]
+    ranked = {b: [float(ppl[b]) for ppl in rows] for b in result["screen_bits"]}
+    told = [f"{kendalltau(ranked[first], ranked[b]).statistic:.2f} at {b}" for b in others]
+    return f" Kendall's τ of the {len(rows)} with {first}: {', '.join(told)}." if told else ""
+
+
+def _best(result: dict[str, Any], bits: str) -> str:
+    """From each start, its own perplexity and the lowest of its objectives."""
+    told = []
     for start in STARTS:
         rows = [r for r in result["screen"] if r["start"] == start]
         plain = next(float(r["ppl"][bits]) for r in rows if r["objective"] == "none")
@@ -38,7 +55,7 @@ def _screening_numbers(result: dict[str, Any]) -> dict[str, Any]:
             f"from {start} {number(plain)} → {number(float(best['ppl'][bits]))} by {name}, "
             f"γ = {float(best['gamma']):g}"
         )
-    return {"best": "; ".join(told), "windows": style.count(result["windows"], "window")}
+    return ", ".join(told)
 
 
 @figure(NOTEBOOK, _screening_numbers)
@@ -90,7 +107,12 @@ def _pareto_numbers(result: dict[str, Any]) -> dict[str, Any]:
         f"{r['method']} {number(r['ppl_w16']['mean'])} at {r['cost']:.3g} TFLOP"
         for r in result["pareto"]
     ]
-    return {"rows": "; ".join(told)}
+    return {"rows": "; ".join(told), "windows": _confirming(result)}
+
+
+def _confirming(result: dict[str, Any]) -> str:
+    first = int(result["windows"]) + 1
+    return f"evaluation windows {first} to {first + int(result['confirm_windows']) - 1}"
 
 
 def _aside(rows: list[dict[str, Any]], i: int) -> float:
@@ -139,7 +161,8 @@ def _prefix_numbers(result: dict[str, Any]) -> dict[str, Any]:
         f"{r['rotation']} {number(float(r['plain']))} → {number(float(r['prefixed']))}"
         for r in found["rows"]
     ]
-    return {"prefix": ", ".join(repr(t) for t in found["prefix"]), "rows": "; ".join(told)}
+    held = ", ".join(repr(t) for t in found["prefix"])
+    return {"prefix": held, "rows": "; ".join(told), "windows": _confirming(result)}
 
 
 @figure(NOTEBOOK, _prefix_numbers)

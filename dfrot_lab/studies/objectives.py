@@ -34,6 +34,7 @@ from dfrot_lab.studies.perplexities import paired
 from dfrot_lab.tables import Table
 
 __all__ = [
+    "behind",
     "by_prefix",
     "by_task_loss",
     "by_values",
@@ -76,6 +77,26 @@ def screen(
     return out
 
 
+def behind(lab: Lab, windows: int, count: int) -> slice:
+    """The `count` evaluation windows behind the first `windows`, which rank; 0: all the rest.
+
+    Raises ValueError where none is left: what has chosen cannot confirm.
+    """
+    last = windows + count if count else len(lab.evaluation_tokens(0))
+    if not 0 < windows < last:
+        raise ValueError(
+            f"windows = {windows}, confirm_windows = {count}: the first rank, those behind them confirm; "
+            f"use at least one of each, of {len(lab.evaluation_tokens(0))} (confirm_windows = 0: the rest)"
+        )
+    return slice(windows, last)
+
+
+def _measured(lab: Lab, name: str, seed: int, which: slice, **how: str) -> dict[str, Any]:
+    """{ppl, nll} of the evaluation windows `which`."""
+    nll = lab.perplexity(name, seed, windows=which.stop, **how)["nll"][which]
+    return {"ppl": evaluation.Perplexity(nll).value, "nll": nll}
+
+
 def _ppl(lab: Lab, name: str, seed: int, windows: int, bits: list[str]) -> dict[str, float]:
     return {b: lab.perplexity(name, seed, bits=b, windows=windows)["ppl"] for b in bits}
 
@@ -100,15 +121,15 @@ def confirm(
     lab: Lab,
     chosen: list[dict[str, Any]],
     seeds: list[int],
-    windows: int,
+    which: slice,
     bits: str,
     second: str | None,
 ) -> list[dict[str, Any]]:
     """RH, the presets and the `chosen` of the screening with GPTQ at `bits`, over seeds; and what `dfrot`
     would be with as many windows and steps as `recommended`.
 
-    Each row has the perplexity there, KL to the floating-point model and perplexity at W16A4, and the
-    latter on the corpus `second` too, which no calibration has seen.
+    Each row has, on the evaluation windows `which`, the perplexity there, KL to the floating-point model and
+    perplexity at W16A4, and the latter on the corpus `second` too, on as many windows as ranked.
     """
     methods: dict[str, tuple[Preset | None, str]] = {"RH": (None, "RH")}
     methods |= {name: (preset, "RH") for name, preset in PRESETS.items()}
@@ -121,13 +142,12 @@ def confirm(
     grid = [(name, *how, s) for name, how in methods.items() for s in seeds]
     for name, preset, start, seed in tqdm(grid, desc="GPTQ", unit="row"):
         file = start if preset is None else str(preset.rotation_file(lab, seed, start))
-        found = lab.perplexity(file, seed, bits=bits, windows=windows, method=GPTQ)
         row = {"method": name, "rotation": name, "keep": "none", "seed": seed, "bits": bits}
-        row |= {"ppl": found["ppl"], "nll": found["nll"]}
-        row["ppl_w16"] = lab.perplexity(file, seed, windows=windows)["ppl"]
-        row["kl_w16"] = _kl(lab, file, seed, windows)
+        row |= _measured(lab, file, seed, which, bits=bits, method=GPTQ)
+        row["ppl_w16"] = _measured(lab, file, seed, which)["ppl"]
+        row["kl_w16"] = _kl(lab, file, seed, which)
         if other:
-            row["ppl_second"] = other.perplexity(file, seed, windows=windows)["ppl"]
+            row["ppl_second"] = other.perplexity(file, seed, windows=which.start)["ppl"]
         out.append(row | {"cost": 0.0 if preset is None else preset.cost(lab)})
     return out
 
@@ -138,21 +158,22 @@ def labelled(row: dict[str, Any]) -> str:
     return label if row["start"] == "RH" else f"{label}, from {row['start']}"
 
 
-def _kl(lab: Lab, file: str, seed: int, windows: int) -> float:
+def _kl(lab: Lab, file: str, seed: int, which: slice) -> float:
     """Mean KL to the floating-point model in nats a token, kept beside the perplexities."""
     # the same losses, window by window, come from the same model
-    key = _digest(file, seed, windows, lab.perplexity(file, seed, windows=windows)["nll"])
-    path = Path(lab.folder) / "measurements" / f"kl-{key}.json"
+    nll = _measured(lab, file, seed, which)["nll"]
+    path = Path(lab.folder) / "measurements" / f"kl-{_digest(file, seed, which.start, nll)}.json"
     if path.exists():
         return float(files.read_json(path)["kl"])
     model = lab.quantized(file, seed)
-    kl = [evaluation.window_kl(model, lab.lm, w) for w in lab.evaluation_tokens(windows)]
+    tokens = lab.evaluation_tokens(which.stop)[which]
+    kl = [evaluation.window_kl(model, lab.lm, w) for w in tokens]
     files.write_json(path, {"kl": statistics.fmean(kl)})
     return statistics.fmean(kl)
 
 
 def by_task_loss(
-    lab: Lab, starts: list[str], seed: int, steps: int, length: int, windows: int
+    lab: Lab, starts: list[str], seed: int, steps: int, length: int, which: slice
 ) -> list[dict[str, Any]]:
     """SpinQuant's way: Cayley steps on the task loss from each of `starts`, and its budget."""
     out, tokens = [], lab.calibration_tokens[:, : lab.seqlen // length * length]
@@ -172,11 +193,11 @@ def by_task_loss(
             rotations.save(path, r, about | {"losses": losses})
         losses = rotations.load(path)[1]["losses"]
         row = {"start": name, "steps": steps, "tokens": steps * length, "losses": losses}
-        row |= {"before": lab.perplexity(name, seed, windows=windows)["ppl"]}
-        row |= {"ppl": lab.perplexity(str(path), seed, windows=windows)["ppl"]}
+        row |= {"before": _measured(lab, name, seed, which)["ppl"]}
+        row |= {"ppl": _measured(lab, str(path), seed, which)["ppl"]}
         # forward, and backward with respect to activations: two products more for each weight
         row["cost"] = 3 * 2.0 * _weights(lab) * steps * length / 1e12
-        out.append(row | {"kl_w16": _kl(lab, str(path), seed, windows)})
+        out.append(row | {"kl_w16": _kl(lab, str(path), seed, which)})
     return out
 
 
@@ -188,22 +209,22 @@ def _weights(lab: Lab) -> int:
     return sum(p.numel() for name, p in lab.lm.named_parameters() if "embed" not in name)
 
 
-def by_prefix(lab: Lab, names: dict[str, str], seed: int, windows: int) -> dict[str, Any]:
+def by_prefix(lab: Lab, names: dict[str, str], seed: int, which: slice) -> dict[str, Any]:
     """W16A4 perplexity with and without a prefix in the cache, of each rotation (label → name or file)."""
     first = lab.tokenizer.bos_token_id
     ahead = prefix.choose(lab.activations, lab.calibration_tokens, first, QuantSpec())
-    tokens, out = lab.evaluation_tokens(windows), []
+    tokens, out = lab.evaluation_tokens(which.stop)[which], []
     spec = ModelSpec.of("16-4-16")
     for label, name in tqdm(names.items(), desc="prefix", unit="row"):
         rotation = Rotations.standard(lab.lm, lab.rotation(name, seed))
-        plain = lab.perplexity(name, seed, windows=windows)["ppl"]
+        plain = _measured(lab, name, seed, which)["ppl"]
         found = prefix.perplexity(lab.quantized(name, seed), rotation, spec, ahead, tokens)
         out.append({"rotation": label, "plain": plain, "prefixed": found.value})
     return {"prefix": [lab.tokenizer.decode([t]) for t in ahead], "rows": out}
 
 
 def by_values(
-    lab: Lab, objectives: list[str], seeds: list[int], windows: int
+    lab: Lab, objectives: list[str], seeds: list[int], which: slice
 ) -> list[dict[str, Any]]:
     """W16A4 perplexity under `recommended` with one Hadamard R2, and with R2 refined for each head.
 
@@ -221,11 +242,11 @@ def by_values(
         refined[name] = heads.refine_layers(x, start, made, iterations=steps, progress=f"R2 {name}")
     for seed in tqdm(seeds, desc="values", unit="seed"):
         file = str(PRESETS["recommended"].rotation_file(lab, seed))
-        plain = lab.perplexity(file, seed, windows=windows)
-        out.append({"values": "Hadamard", "seed": seed, "ppl": plain["ppl"], "nll": plain["nll"]})
+        row = {"values": "Hadamard", "seed": seed}
+        out.append(row | _measured(lab, file, seed, which))
         for name, (r2, losses) in refined.items():
             rotation = Rotations(R1=lab.rotation(file, seed), R2=r2, R4=True)
-            row = {"values": name, "seed": seed} | _values(lab, rotation, spec, windows)
+            row = {"values": name, "seed": seed} | _values(lab, rotation, spec, which)
             row["before"], row["after"] = (
                 float(f"{statistics.fmean(run[i] for run in losses):.4g}") for i in (0, -1)
             )
@@ -233,13 +254,20 @@ def by_values(
     return out
 
 
-def _values(lab: Lab, rotation: Rotations, spec: ModelSpec, windows: int) -> dict[str, Any]:
+def _values(lab: Lab, rotation: Rotations, spec: ModelSpec, which: slice) -> dict[str, Any]:
     """Perplexity of the model with `rotation` merged, kept by what it is made of."""
-    about = [rotation.R1.tolist(), rotation.R2.tolist(), str(spec), windows, lab.about]
+    about = [
+        rotation.R1.tolist(),
+        rotation.R2.tolist(),
+        str(spec),
+        which.start,
+        which.stop,
+        lab.about,
+    ]
     path = Path(lab.folder) / "measurements" / f"values-{_digest(*about)}.json"
     if not path.exists():
         model = quantized_model.build(lab.lm, rotation, spec)
-        found = evaluation.perplexity(model, lab.evaluation_tokens(windows))
+        found = evaluation.perplexity(model, lab.evaluation_tokens(which.stop)[which])
         files.write_json(path, {"ppl": found.value, "nll": found.nll})
     found = files.read_json(path)
     return {"ppl": float(found["ppl"]), "nll": [float(v) for v in found["nll"]]}
