@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from dfrot_lab import files, objectives, polar, rotations
+from dfrot_lab import files, objectives, polar, products, rotations
 from dfrot_lab.activations import Activations, ActivationsError
 from dfrot_lab.objectives import Objective
 from dfrot_lab.quantizers import QuantSpec, squared_error
@@ -33,10 +32,6 @@ from dfrot_lab.weighting import Weighting, importance, row_weights, subsample
 __all__ = ["Log", "Weighting", "distance", "loss", "optimize", "row_weights", "subsample"]
 
 SOLVERS, SAMPLINGS = ("svd", "fast"), ("uniform", "importance")
-PIECE = (
-    1 << 20
-)  # numbers of a piece on a CPU: 4 MB in fp32, about what two cores have as second-level cache
-FLUSH = 1 << 14  # rows whose products are added in fp32 before they go to the fp64 sum
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,7 @@ def optimize(
     stop: float = 0.0,
     dtype: torch.dtype = torch.float32,
     error_dtype: torch.dtype | None = None,
+    update: bool = False,
     tf32: bool = False,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
@@ -84,7 +80,9 @@ def optimize(
     steps and ends lower (docs/optimiser.md), though no step is then proven to lower the loss.
     stop: end when ten steps have lowered the loss by less than this share of it; 0 never.
     dtype: of XR and of XᵀE, bfloat16 for "fast" alone; sums over rows are fp64. error_dtype: bfloat16 for
-    the inputs of XᵀE alone, which is small, so that codes stay those of `dtype`. tf32: let a GPU round the
+    the inputs of XᵀE alone, which is small, so that codes stay those of `dtype`. update: XR by its change
+    since an earlier R whose XR is kept, the change by bf16 inputs: XR is off by 0.07 % at most, root mean square
+    (bf16: 0.3, TF32: 0.04), and memory takes rows · d · 4 bytes more (`products.Streamed`). tf32: let a GPU round the
     inputs of fp32 products to 10 bits, on its tensor cores. device: where to compute, and where rows stay
     if they take at most half of its free memory; R comes back to the CPU. checkpoint: state
     saved there every `every` iterations and taken up again, to the same bytes, after an interruption; the
@@ -92,7 +90,7 @@ def optimize(
     Raises RotationError for a `start` of another size or not orthogonal, ActivationsError for NaN or Inf
     rows, ValueError for an unknown name.
     """
-    _check(solver, sampling, relax, dtype, error_dtype, tf32, device)
+    _check(solver, sampling, relax, dtype, error_dtype, update, tf32, device)
     objective = objectives.named(objective, spec) if isinstance(objective, str) else objective
     r = rotations.check(start.double(), x.d, "start").clone()
     x = x.on(device)
@@ -101,7 +99,7 @@ def optimize(
     x, weights = subsample(x, spec, weighting, weights, rows, scores=scores)
     x = x.on(device)
     gram = torch.zeros(x.d, x.d, dtype=torch.float64, device=device)
-    for chunk, w in _pairs(x, weights, torch.float64, device):
+    for chunk, w in products.pairs(x, weights, torch.float64, device):
         gram += (chunk * w[:, None]).mT @ chunk
     total = gram.trace().item()
     if total == 0:
@@ -115,15 +113,19 @@ def optimize(
     )
     settings += (
         f" {error_dtype}" * (error_dtype is not None)
+        + " update" * update
         + " tf32" * tf32
         + f" {type(objective).__name__} {getattr(objective, 'beta', '')}"
     )
     key = hashlib.sha256(settings.encode() + r.numpy().tobytes() + gram.cpu().numpy().tobytes())
+    streamed = products.Streamed(error_dtype, update)
     if checkpoint and checkpoint.exists():
-        r = _resume(checkpoint, key.hexdigest(), log, r, objective, device)
+        r = _resume(checkpoint, key.hexdigest(), log, r, objective, streamed, device)
     r = r.to(device)
-    streamed = partial(_streamed, error_dtype=error_dtype)
-    accumulate, factor = {"svd": (_accumulate, polar.svd), "fast": (streamed, polar.polar)}[solver]
+    accumulate, factor = {
+        "svd": (products.whole, polar.svd),
+        "fast": (streamed, polar.polar),
+    }[solver]
     first = len(log.rotated)
     bar = tqdm(
         range(first, iterations), desc=progress, initial=first, total=iterations, mininterval=2
@@ -141,7 +143,7 @@ def optimize(
         if _settled(log.quantized, stop):
             break
         if checkpoint and (t + 1) % every == 0 and t + 1 < iterations:
-            _save_state(checkpoint, key.hexdigest(), log, r, objective)
+            _save_state(checkpoint, key.hexdigest(), log, r, objective, streamed.base)
     bar.close()
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
@@ -165,6 +167,7 @@ def _check(
     relax: float,
     dtype: torch.dtype,
     error_dtype: torch.dtype | None,
+    update: bool,
     tf32: bool,
     device: str,
 ) -> None:
@@ -178,6 +181,8 @@ def _check(
         raise ValueError("dtype = bfloat16 is for solver 'fast': use float32 or float64")
     if error_dtype not in (None, dtype) and (error_dtype != torch.bfloat16 or solver != "fast"):
         raise ValueError(f"error_dtype = {error_dtype}: use bfloat16, with solver 'fast', or none")
+    if update and (dtype != torch.float32 or solver != "fast"):
+        raise ValueError(f"update with dtype = {dtype}: it is for float32, with solver 'fast'")
     if tf32 and (dtype != torch.float32 or not device.startswith("cuda")):
         raise ValueError(f"tf32 with dtype = {dtype} on {device}: it is for float32 on a GPU")
 
@@ -185,56 +190,6 @@ def _check(
 def _settled(losses: list[float], stop: float, over: int = 10) -> bool:
     """Whether the last `over` steps have lowered the loss by less than the share `stop`."""
     return stop > 0 and len(losses) > over and losses[-1 - over] - losses[-1] < stop * losses[-1]
-
-
-def _pairs(x: Activations, weights: list[Tensor], dtype: torch.dtype, device) -> Iterator[tuple]:
-    """(chunk [rows, d] as `dtype`, its w² [rows] in fp64), on `device`."""
-    for chunk, w in zip(x.chunks(), weights, strict=True):
-        yield chunk.to(device, dtype), w.to(device)
-
-
-def _accumulate(x, r, weights, objective, dtype) -> tuple[Tensor, float, float]:
-    """(XᵀW²E [d, d], Σ w²·objective, ‖WE‖²) for E = XR − G, summed over chunks in fp64."""
-    rotation, product, value, error = r.to(dtype), torch.zeros_like(r), 0.0, 0.0
-    for i, (rows, w) in enumerate(_pairs(x, weights, dtype, r.device)):
-        y = rows @ rotation
-        e = y - objective.direction(y, i)
-        squared = e.double().square().sum(-1)
-        value += (objective.loss(y, squared) * w).sum().item()
-        error += (squared * w).sum().item()
-        product += (rows.mT @ (e * w[:, None].to(dtype))).double()
-    return product, value, error
-
-
-def _streamed(x, r, weights, objective, dtype, error_dtype=None) -> tuple[Tensor, float, float]:
-    """As `_accumulate`, in pieces that stay in the cache, whose sums are added up in fp32 before fp64.
-
-    In bf16 the two products take bf16 inputs, or the second alone; what is quantized and the sums are fp32.
-    """
-    inside = torch.float32 if dtype == torch.bfloat16 else dtype
-    low = torch.bfloat16 in (dtype, error_dtype)
-    rotation, product = r.to(dtype), torch.zeros_like(r)
-    sums = torch.zeros(2, dtype=torch.float64, device=r.device)  # read once: a GPU need not wait
-    part, since = torch.zeros(r.shape, dtype=inside, device=r.device), 0
-    size = 1 << 30 if r.device.type == "cuda" else max(256, PIECE // x.d)
-    for i, (chunk, w) in enumerate(_pairs(x, weights, inside, r.device)):
-        for j, (rows, share) in enumerate(zip(chunk.split(size), w.split(size), strict=True)):
-            inputs = rows.to(dtype)
-            y = (inputs @ rotation).to(inside)
-            e, squared = objectives.error(objective, y, i * 2048 + j)
-            sums[0] += torch.dot(objective.loss(y, squared), share)
-            sums[1] += torch.dot(squared, share)
-            e.mul_(share.to(inside)[:, None])
-            if low:
-                part += (rows.bfloat16().mT @ e.bfloat16()).to(inside)
-            else:
-                part.addmm_(inputs.mT, e)
-            since += len(rows)
-            if since >= FLUSH:
-                product += part
-                part.zero_()
-                since = 0
-    return product + part, sums[0].item(), sums[1].item()
 
 
 def loss(x: Activations, r: Tensor, spec: QuantSpec, weighting: Weighting) -> float:
@@ -256,18 +211,30 @@ def distance(r: Tensor, start: Tensor) -> dict[str, float]:
     }
 
 
-def _save_state(path: Path, key: str, log: Log, r: Tensor, objective: Objective) -> None:
+def _save_state(
+    path: Path, key: str, log: Log, r: Tensor, objective: Objective, base: Tensor | None
+) -> None:
     grids = getattr(objective, "grids", {})
     state = {f"grid.{i}": torch.stack(pair).cpu() for i, pair in grids.items()}
     state |= {"R": r.cpu().contiguous()} | {
         half: torch.tensor(getattr(log, half), dtype=torch.float64)
         for half in ("quantized", "rotated")
     }
+    if base is not None:
+        state["base"] = base.cpu().contiguous()
     with files.atomic(path) as partial:
         partial.write_bytes(serialize(state, metadata={"key": key}))
 
 
-def _resume(path: Path, key: str, log: Log, r: Tensor, objective: Objective, device) -> Tensor:
+def _resume(
+    path: Path,
+    key: str,
+    log: Log,
+    r: Tensor,
+    objective: Objective,
+    streamed: products.Streamed,
+    device: str,
+) -> Tensor:
     """R of the checkpoint, its losses appended to `log`; `r` if it belongs to another optimisation."""
     with safe_open(path, framework="pt") as f:
         if (f.metadata() or {}).get("key") != key:
@@ -277,4 +244,6 @@ def _resume(path: Path, key: str, log: Log, r: Tensor, objective: Objective, dev
         for name in f.keys():  # noqa: SIM118 (not a dict)
             if name.startswith("grid."):
                 objective.grids[int(name[5:])] = tuple(f.get_tensor(name).to(device))
+            if name == "base":
+                streamed.base = f.get_tensor(name).to(device)
         return f.get_tensor("R")

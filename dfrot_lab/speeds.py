@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from dfrot_lab import (
     activations,
-    dfrot,
     evaluation,
     gptq,
     models,
     objectives,
     polar,
+    products,
     quantized_model,
     rotations,
 )
@@ -127,7 +127,7 @@ def _refining(d: int, rows: float, iterations: int, clock: _Clock) -> float:
     centroids = objectives.Centroids(QuantSpec())
     chunk = clock.seconds(
         "refinement: products",
-        lambda: dfrot._accumulate(x, r, weights, centroids, torch.float32),
+        lambda: products.whole(x, r, weights, centroids, torch.float32),
     )
     factor = clock.seconds("refinement: SVD", lambda: polar.svd(r))
     return iterations * (rows / 2048 * chunk + factor)

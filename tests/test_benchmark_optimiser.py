@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from conftest import haar
 
-from benchmarks import optimiser
+from benchmarks import optimiser, published
 from dfrot_lab import dfrot, rotations
 from dfrot_lab.activations import Activations
 from dfrot_lab.weighting import Weighting
@@ -15,24 +15,24 @@ from dfrot_lab.weighting import Weighting
 
 def test_the_published_step_is_ours_but_for_signs():
     """The QR may turn columns round; the symmetric quantizer does not see it."""
-    x, start = optimiser.planted(2000, 32, 0), rotations.random_hadamard(32, 0)
-    normal, massive = optimiser.split(x)
+    x, start = published.planted(2000, 32, 0), rotations.random_hadamard(32, 0)
+    normal, massive = published.split(x)
     assert 0 < len(massive) < 20
-    published = optimiser.published_step(normal, massive, start.float()).double()
+    theirs = published.published_step(normal, massive, start.float()).double()
     ours, _ = dfrot.optimize(
-        Activations.of(x), start, optimiser.SPEC, Weighting(optimiser.ALPHA), iterations=1
+        Activations.of(x), start, published.SPEC, Weighting(published.ALPHA), iterations=1
     )
-    signs = (published * ours).sum(0).sign()
-    assert (published * signs - ours).abs().max() < 1e-3
-    plain = optimiser.plain_step(torch.cat([normal, optimiser.ALPHA * massive]), start.float())
+    signs = (theirs * ours).sum(0).sign()
+    assert (theirs * signs - ours).abs().max() < 1e-3
+    plain = published.plain_step(torch.cat([normal, published.ALPHA * massive]), start.float())
     assert (plain.double() - ours).abs().max() < 1e-3
 
 
 def test_planted_rows_have_norm_root_d_and_are_seeded():
-    x = optimiser.planted(500, 64, 3)
+    x = published.planted(500, 64, 3)
     assert torch.allclose(x.norm(dim=-1), torch.tensor(8.0))
-    assert torch.equal(x, optimiser.planted(500, 64, 3))
-    assert not torch.equal(x, optimiser.planted(500, 64, 4))
+    assert torch.equal(x, published.planted(500, 64, 3))
+    assert not torch.equal(x, published.planted(500, 64, 4))
 
 
 def test_a_toy_run_prints_and_writes_its_numbers(tmp_path):
@@ -42,11 +42,13 @@ def test_a_toy_run_prints_and_writes_its_numbers(tmp_path):
         "32:600",
         "--equal",
         "32:600:3",
+        "--ends",
+        "32:600:4:2",
         "--steps",
         "2",
         "--threads",
         "1",
-        "--no-bf16",
+        "--bf16",
     ]
     done = CliRunner().invoke(optimiser.main, [*asked, "--out", str(out)], catch_exceptions=False)
     assert done.exit_code == 0 and "gate: largest difference" in done.output
@@ -55,6 +57,12 @@ def test_a_toy_run_prints_and_writes_its_numbers(tmp_path):
     assert row["fp32 ratio"] == pytest.approx(row["published s"] / row["fp32 s"])
     (equal,) = found["equal"]
     assert equal["published off"] < 1e-4 and equal["fast off"] < 1e-12
+    (ends,) = found["ends"]
+    for name in ("published, fp64", "fp32", "fp32, updated", "bf16", "relaxed"):
+        assert (
+            ends[f"{name} over published"] == pytest.approx(1, rel=0.1) and ends[f"{name} sd"] >= 0
+        )
+    assert row["fp32, updated ratio"] > 0
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):

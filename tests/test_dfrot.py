@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.optimiser import forced
-from dfrot_lab import dfrot, massive, polar, rotations
+from dfrot_lab import dfrot, massive, objectives, polar, products, rotations
 from dfrot_lab.activations import Activations, ActivationsError
 from dfrot_lab.dfrot import Weighting, loss, optimize
 from dfrot_lab.quantizers import QuantSpec, fake_quantize
@@ -314,6 +314,59 @@ def test_an_error_dtype_is_bf16_for_the_fast_step(how):
         optimize(rows(1), haar(12, 1), QuantSpec(), Weighting(), **how)
 
 
+def along(start: torch.Tensor, length: float, steps: int, seed: int = 0) -> list[torch.Tensor]:
+    """`start` and rotations behind it, each ‖ΔR‖_F = `length`·√d from the one before, roughly."""
+    d, path = len(start), [start]
+    for t in range(steps):
+        a = torch.randn(d, d, generator=torch.Generator().manual_seed(seed + t), dtype=FP64)
+        path.append(path[-1] @ torch.matrix_exp((a - a.mT) * (length / (2 * d) ** 0.5)))
+    return path
+
+
+@pytest.mark.parametrize("length, most", [(0.02, 2), (0.2, 4), (2.0, 6)])
+def test_updated_products_are_those_of_the_rotation_at_hand(length, most):
+    """XR by its change is within 0.07 % of XR, wherever the path leads; where R moves far, it is XR."""
+    x = rows(4, sites=3, tokens=700, d=64, dtype=torch.float32)
+    weights = dfrot.row_weights(x, QuantSpec(), Weighting())[0]
+    seen: list[torch.Tensor] = []
+
+    class Watch(objectives.Centroids):
+        def direction(self, y, chunk=0):
+            seen.append(y)
+            return super().direction(y, chunk)
+
+    streamed, bases, worst = products.Streamed(update=True), set(), []
+    for r in along(haar(64, 3), length, 5):
+        seen.clear()
+        found = streamed(x, r, weights, Watch(QuantSpec()), torch.float32)
+        bases.add(id(streamed.base))
+        exact = x.X.flatten(0, 1).double() @ r
+        off = torch.cat(seen).double() - exact
+        worst.append((off.norm() / exact.norm()).item())
+        plain = products.whole(x, r, weights, objectives.Centroids(QuantSpec()), FP64)
+        assert found[1] == pytest.approx(plain[1], rel=5e-3)
+    assert len(bases) <= most and (most == 6) == (len(bases) == 6)
+    assert max(worst) < 7e-4
+    assert (max(worst) < 1e-6) == (most == 6)  # an update was taken, or none
+
+
+def test_updates_end_where_full_products_do():
+    x, start = rows(3, tokens=4000, d=32, dtype=torch.float32), haar(32, 3)
+    ends = {}
+    for how in ({}, {"update": True, "error_dtype": torch.bfloat16}):
+        r, log = optimize(x, start, QuantSpec(), Weighting(), iterations=20, **how)
+        assert rotations.orthogonality_error(r) <= 1e-12
+        ends[bool(how)] = loss(x, r, QuantSpec(), Weighting())
+        assert log.quantized[-1] < log.quantized[0]
+    assert ends[True] == pytest.approx(ends[False], rel=5e-3)
+
+
+@pytest.mark.parametrize("how", [{"dtype": torch.bfloat16}, {"solver": "svd"}, {"dtype": FP64}])
+def test_updates_are_for_fp32_and_the_fast_step(how):
+    with pytest.raises(ValueError, match=r"update with dtype = .* float32, with solver 'fast'"):
+        optimize(rows(1), haar(12, 1), QuantSpec(), Weighting(), update=True, **how)
+
+
 def test_bf16_products_follow_fp32():
     x, start = rows(3, tokens=4000, d=32, dtype=torch.float32), haar(32, 3)
     ends = {}
@@ -379,13 +432,13 @@ def test_chunks_do_not_matter(monkeypatch, solver):
     x, start = rows(4, sites=3, tokens=2100, d=8), haar(8, 4)
     assert [len(c) for c in x.chunks()] == [2048, 52] * 3
     options = {"iterations": 3, "dtype": FP64, "solver": solver}
-    monkeypatch.setattr(dfrot, "PIECE", 8 * 300)
-    monkeypatch.setattr(dfrot, "FLUSH", 1000)
+    monkeypatch.setattr(products, "PIECE", 8 * 300)
+    monkeypatch.setattr(products, "FLUSH", 1000)
     cut = optimize(x, start, QuantSpec(), Weighting(), **options)
     assert loss(x, start, QuantSpec(), Weighting()) == pytest.approx(cut[1].quantized[0], rel=1e-12)
     whole = Activations.chunks
     monkeypatch.setattr(Activations, "chunks", lambda self, rows=0: whole(self, 10**9))
-    monkeypatch.setattr(dfrot, "PIECE", 10**9)
+    monkeypatch.setattr(products, "PIECE", 10**9)
     uncut = optimize(x, start, QuantSpec(), Weighting(), **options)
     assert relative(cut[0], uncut[0]) < 1e-10
     assert cut[1].rotated == pytest.approx(uncut[1].rotated, rel=1e-10)
@@ -516,18 +569,27 @@ def interrupted(monkeypatch, path, x, start, weighting, at: int, **options) -> N
         {"rows": 0.5, "sampling": "importance"},
         {"relax": 1.6},
         {"qr": True},
+        {"update": True, "error_dtype": torch.bfloat16},
     ],
     ids=lambda more: "-".join(map(str, more.values())),
 )
-@pytest.mark.parametrize("solver, step", [("svd", "_accumulate"), ("fast", "_streamed")])
-def test_an_interrupted_run_ends_with_the_same_bytes(monkeypatch, tmp_path, solver, step, more):
+@pytest.mark.parametrize(
+    "solver, owner, step",
+    [("svd", products, "whole"), ("fast", products.Streamed, "__call__")],
+    ids=["svd", "fast"],
+)
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    monkeypatch, tmp_path, solver, owner, step, more
+):
+    if "update" in more and solver == "svd":
+        pytest.skip("updates are of the fast step")
     x, start, path = rows(10), haar(12, 1), tmp_path / "state.safetensors"
     options = {"iterations": 10, "solver": solver} | more
     wanted = optimize(x, start, QuantSpec(), Weighting(), **options)
     interrupted(monkeypatch, path, x, start, Weighting(), at=9, **options)
     assert path.exists()
-    steps, accumulate = [], getattr(dfrot, step)
-    monkeypatch.setattr(dfrot, step, lambda *a, **k: steps.append(1) or accumulate(*a, **k))
+    steps, accumulate = [], getattr(owner, step)
+    monkeypatch.setattr(owner, step, lambda *a, **k: steps.append(1) or accumulate(*a, **k))
     found = optimize(x, start, QuantSpec(), Weighting(), checkpoint=path, every=3, **options)
     assert len(steps) == 4  # six of ten were saved
     assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
