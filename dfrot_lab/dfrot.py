@@ -81,10 +81,10 @@ def optimize(
     stop: end when ten steps have lowered the loss by less than this share of it; 0 never.
     dtype: of XR and of XᵀE, bfloat16 for "fast" alone; sums over rows are fp64. error_dtype: bfloat16 for
     the inputs of XᵀE alone, which is small, so that codes stay those of `dtype`. update: XR by its change
-    since an earlier R whose XR is kept, the change by bf16 inputs: XR is off by 0.07 % at most, root mean square
-    (bf16: 0.3, TF32: 0.04), and memory takes rows · d · 4 bytes more (`products.Streamed`). tf32: let a GPU round the
-    inputs of fp32 products to 10 bits, on its tensor cores. device: where to compute, and where rows stay
-    if they take at most half of its free memory; R comes back to the CPU. checkpoint: state
+    since an earlier R whose XR is kept, the change by bf16 inputs: XR is off by 0.07 % at most, root mean
+    square (bf16: 0.3, TF32: 0.04), and memory takes rows · d · 4 bytes more (`products.Streamed`). tf32: let
+    a GPU round the inputs of fp32 products to 10 bits, on its tensor cores. device: where to compute, and
+    where rows stay if they take at most half of its free memory; R comes back to the CPU. checkpoint: state
     saved there every `every` iterations and taken up again, to the same bytes, after an interruption; the
     file goes when the run is through. qr: a QR after each SVD, as released; it flips signs of columns.
     Raises RotationError for a `start` of another size or not orthogonal, ActivationsError for NaN or Inf
