@@ -110,8 +110,8 @@ def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) ->
 def ends(d: int, rows: int, iterations: int, seeds: int, device: str, low: bool) -> dict:
     """Held-back loss after `iterations` steps over that of as many published ones, start by start.
 
-    Each precision's ratio as mean ± sd over seeds of the start, and so that of the published procedure in
-    fp64 products: what another rounding alone makes of it.
+    "NAME over published", "NAME sd": mean and sd over seeds of the start, for each precision, over-relaxed
+    steps, and the published procedure with fp64 products: what another rounding alone makes of it.
     """
     x, held = planted(rows, d, 0, device), Activations.of(planted(16384, d, 7, device))
     weighting, parts = Weighting(ALPHA), split(x)

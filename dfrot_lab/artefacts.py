@@ -52,6 +52,7 @@ ROTATION_CODE = (
     "dfrot_lab.massive",
     "dfrot_lab.objectives",
     "dfrot_lab.polar",
+    "dfrot_lab.products",
     "dfrot_lab.rotations",
     "dfrot_lab.weighting",
     "dfrot_lab.dfrot",

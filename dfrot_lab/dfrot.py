@@ -81,14 +81,14 @@ def optimize(
     stop: end when ten steps have lowered the loss by less than this share of it; 0 never.
     dtype: of XR and of XᵀE, bfloat16 for "fast" alone; sums over rows are fp64. error_dtype: bfloat16 for
     the inputs of XᵀE alone, which is small, so that codes stay those of `dtype`. update: XR by its change
-    since an earlier R whose XR is kept, the change by bf16 inputs: XR is off by 0.07 % at most, root mean
-    square (bf16: 0.3, TF32: 0.04), and memory takes rows · d · 4 bytes more (`products.Streamed`). tf32: let
+    since an earlier R whose XR is kept, the change by bf16 inputs, on a CPU: XR is off by 0.07 % at most, in
+    root mean square (bf16: 0.3, TF32: 0.04); takes rows · d · 4 bytes (`products.Streamed`). tf32: let
     a GPU round the inputs of fp32 products to 10 bits, on its tensor cores. device: where to compute, and
     where rows stay if they take at most half of its free memory; R comes back to the CPU. checkpoint: state
     saved there every `every` iterations and taken up again, to the same bytes, after an interruption; the
     file goes when the run is through. qr: a QR after each SVD, as released; it flips signs of columns.
     Raises RotationError for a `start` of another size or not orthogonal, ActivationsError for NaN or Inf
-    rows, ValueError for an unknown name.
+    rows, ValueError for an unknown name or options that do not go together.
     """
     _check(solver, sampling, relax, dtype, error_dtype, update, tf32, device)
     objective = objectives.named(objective, spec) if isinstance(objective, str) else objective
@@ -118,7 +118,7 @@ def optimize(
         + f" {type(objective).__name__} {getattr(objective, 'beta', '')}"
     )
     key = hashlib.sha256(settings.encode() + r.numpy().tobytes() + gram.cpu().numpy().tobytes())
-    streamed = products.Streamed(error_dtype, update)
+    streamed = products.Streamed(error_dtype, gram if update else None)
     if checkpoint and checkpoint.exists():
         r = _resume(checkpoint, key.hexdigest(), log, r, objective, streamed, device)
     r = r.to(device)
@@ -181,8 +181,10 @@ def _check(
         raise ValueError("dtype = bfloat16 is for solver 'fast': use float32 or float64")
     if error_dtype not in (None, dtype) and (error_dtype != torch.bfloat16 or solver != "fast"):
         raise ValueError(f"error_dtype = {error_dtype}: use bfloat16, with solver 'fast', or none")
-    if update and (dtype != torch.float32 or solver != "fast"):
-        raise ValueError(f"update with dtype = {dtype}: it is for float32, with solver 'fast'")
+    if update and (dtype != torch.float32 or solver != "fast" or device != "cpu"):
+        raise ValueError(
+            f"update with dtype = {dtype}, {solver!r}, on {device}: it is for float32 and 'fast' on a CPU"
+        )
     if tf32 and (dtype != torch.float32 or not device.startswith("cuda")):
         raise ValueError(f"tf32 with dtype = {dtype} on {device}: it is for float32 on a GPU")
 

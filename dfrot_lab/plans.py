@@ -185,7 +185,7 @@ def _objectives(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
     new = own["confirm_windows"] or max(TEXT // common["seqlen"] - w, 1)
     screened = 2 * len(own["objectives"]) * len(own["gammas"])
     settings = own["screen_bits"]
-    best = min(3 * len(settings), screened)  # three of each ranking, at most
+    best = min(3, len(own["objectives"])) * len(settings)  # three of each ranking, at most
     refined = screened + (1 + best) * seeds  # `dfrot` besides
     steps = 2 * seeds * 100 / common["iterations"]  # `recommended`, and `dfrot` with its steps
     models = (1 + 3 + best) * seeds  # RH besides; each with GPTQ and with W16
@@ -195,7 +195,13 @@ def _objectives(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
     # forward, and backward with respect to activations: three times a forward pass
     cayley = 3 * own["cayley_steps"] * own["cayley_length"] / common["seqlen"]
     rounded = sum(not b.startswith("16") for b in settings) * (screened + 2)
-    builds = (screened + 2) * len(settings) + models * (2 + bool(own["second"])) + 3 + 2 * seeds
+    builds = (
+        (screened + 2) * len(settings)
+        - rounded
+        + models * (2 + bool(own["second"]))
+        + 3
+        + 2 * seeds
+    )
     return (
         (passes + cayley + 8) * t.window  # 8: calibration windows of `recommended`
         + builds * t.build

@@ -7,7 +7,6 @@ its change since a rotation whose XR is kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -23,8 +22,8 @@ PIECE = (
     1 << 20
 )  # numbers of a piece on a CPU: 4 MB in fp32, about what two cores have as second-level cache
 FLUSH = 1 << 14  # rows whose products are added in fp32 before they go to the fp64 sum
-# bf16 inputs and output are off by 0.3 % of the change, root mean square: 0.07 % of XR at a quarter of its
-# length, where TF32 inputs would be off by 0.04 %
+# bf16 inputs and output are off by 0.3 % of the change, root mean square: 0.07 % of XR where the change is a
+# quarter of it; TF32 inputs would be off by 0.04 %
 FAR = 0.25
 
 Sums = tuple[Tensor, float, float]  # (XᵀW²E [d, d], Σ w²·objective, ‖WE‖²), in fp64
@@ -41,7 +40,10 @@ def pairs(
 def whole(
     x: Activations, r: Tensor, weights: list[Tensor], objective: Objective, dtype: torch.dtype
 ) -> Sums:
-    """The sums for R = `r` [d, d], chunk by chunk, products in `dtype`, added up in fp64."""
+    """The sums for R = `r` [d, d] fp64, chunk by chunk, products in `dtype`, added up in fp64.
+
+    weights: w² of the rows [rows] fp64, one tensor for each chunk of `x`.
+    """
     rotation, product, value, error = r.to(dtype), torch.zeros_like(r), 0.0, 0.0
     for i, (rows, w) in enumerate(pairs(x, weights, dtype, r.device)):
         y = rows @ rotation
@@ -54,17 +56,18 @@ def whole(
 
 
 class Streamed:
-    """As `whole`, in pieces whose products are added up in fp32 before fp64.
+    """As `whole`, in pieces whose products are added up in fp32 before fp64. One instance for one X.
 
     dtype bfloat16: the two products take bf16 inputs; error_dtype bfloat16: the second alone. What is
-    quantized and the sums are fp32. update: XR = XR₀ + X(R − R₀), XR₀ kept in fp32 [T, d] and the
-    change by bf16 inputs, while ‖R − R₀‖_F ≤ √d/4; beyond, R₀ ← R by an fp32 product. `base` is R₀:
-    set it to go on from where another one was.
+    quantized and the sums are fp32. gram: XᵀW²X [d, d]; given, XR = XR₀ + X(R − R₀) with XR₀ kept in fp32
+    [T, d] and the change by bf16 inputs, until it is a quarter of XR: ‖R − R₀‖²_F > d/16 or
+    ‖WX(R − R₀)‖² > ‖WX‖²/16. Then R₀ ← R by an fp32 product. base: R₀, for a start in the middle.
     """
 
-    def __init__(self, error_dtype: torch.dtype | None = None, update: bool = False) -> None:
-        self.error_dtype, self.update = error_dtype, update
+    def __init__(self, error_dtype: torch.dtype | None = None, gram: Tensor | None = None) -> None:
+        self.error_dtype, self.update = error_dtype, gram is not None
         self.base: Tensor | None = None
+        self._gram = gram.float() if self.update else None
         self._change: Tensor | None = None  # R − R₀ in bf16, None where R is R₀
         self._kept: dict[tuple[int, int], Tensor] = {}
 
@@ -76,7 +79,7 @@ class Streamed:
         objective: Objective,
         dtype: torch.dtype,
     ) -> Sums:
-        """The sums for R = `r` [d, d]."""
+        """The sums for R = `r` [d, d] fp64; weights: w² of the rows [rows] fp64 for each chunk of `x`."""
         inside = torch.float32 if dtype == torch.bfloat16 else dtype
         low = torch.bfloat16 in (dtype, self.error_dtype)
         self._move(r)
@@ -112,14 +115,25 @@ class Streamed:
         """The change from R₀ to R, and R₀ ← R where that is too far."""
         if not self.update:
             return
-        if self.base is None or (r - self.base).norm().item() > FAR * math.sqrt(len(r)):
-            self.base = r
+        if self.base is None or self._far(r - self.base):
+            self.base = r.contiguous()
+            self._change = None
             self._kept.clear()
-        self._change = None if r is self.base else (r - self.base).bfloat16()
+        else:
+            self._change = (r - self.base).bfloat16()
+
+    def _far(self, change: Tensor) -> bool:
+        """Whether it is more than a quarter of XR, of rows in no special direction or of those that weigh."""
+        weighted = (change.float() * (self._gram @ change.float())).sum().item()
+        most = FAR**2
+        return (
+            change.square().sum().item() > most * len(change)
+            or weighted > most * self._gram.trace().item()
+        )
 
     def _updated(self, piece: tuple[int, int], rows: Tensor, short: Tensor) -> Tensor:
         """XR of a piece; XR₀ is made, and kept, where it is not there."""
         if piece not in self._kept:
             self._kept[piece] = rows @ self.base.to(rows)
         kept = self._kept[piece]
-        return kept if self._change is None else kept + short @ self._change
+        return kept.clone() if self._change is None else kept + short @ self._change

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from conftest import haar
 
 from benchmarks import optimiser, published
-from dfrot_lab import dfrot, rotations
+from dfrot_lab import dfrot, products, rotations
 from dfrot_lab.activations import Activations
 from dfrot_lab.weighting import Weighting
 
@@ -58,11 +58,27 @@ def test_a_toy_run_prints_and_writes_its_numbers(tmp_path):
     (equal,) = found["equal"]
     assert equal["published off"] < 1e-4 and equal["fast off"] < 1e-12
     (ends,) = found["ends"]
-    for name in ("published, fp64", "fp32", "fp32, updated", "bf16", "relaxed"):
+    for name in ("published, fp64", *found["gate, losses"], "relaxed"):
         assert (
             ends[f"{name} over published"] == pytest.approx(1, rel=0.1) and ends[f"{name} sd"] >= 0
         )
     assert row["fp32, updated ratio"] > 0
+
+
+def test_the_gate_sees_a_wrong_update(monkeypatch):
+    right = optimiser.gate_losses(64, "cpu", True)
+    assert set(right) == {"fp32", "fp32, error bf16", "fp32, updated", "bf16"}
+    assert max(right.values()) < 0.02
+    real = products.Streamed._updated
+    monkeypatch.setattr(products.Streamed, "_updated", lambda *a: 1.2 * real(*a))
+    wrong = optimiser.gate_losses(64, "cpu", True)
+    assert [name for name, value in wrong.items() if value > 0.02] == ["fp32, updated"]
+
+
+def test_every_step_is_timed_from_the_first_on():
+    x = Activations.of(published.planted(500, 32, 0))
+    times = optimiser.ours(x, rotations.random_hadamard(32, 0), {}, "cpu", 3)
+    assert len(times) == 3 and min(times) > 0
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from conftest import haar, relative, slow_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from benchmarks.optimiser import forced
 from dfrot_lab import dfrot, massive, objectives, polar, products, rotations
@@ -323,11 +324,35 @@ def along(start: torch.Tensor, length: float, steps: int, seed: int = 0) -> list
     return path
 
 
+def gram_of(x: Activations, weights: list[torch.Tensor]) -> torch.Tensor:
+    return sum((c * w[:, None]).mT @ c for c, w in products.pairs(x, weights, FP64, "cpu"))
+
+
+def test_a_turn_of_the_massive_direction_alone_is_far():
+    """It hardly moves R, and all of the rows that weigh."""
+    x = rows(4, sites=1, tokens=400, d=64, dtype=torch.float32)
+    weights = dfrot.row_weights(x, QuantSpec(), Weighting(gamma=100.0))[0]
+    streamed = products.Streamed(gram=gram_of(x, weights))
+    objective, start = objectives.Centroids(QuantSpec()), torch.eye(64, dtype=FP64)
+    streamed(x, start, weights, objective, torch.float32)
+    where = int(x.X[0, 0].abs().argmax())  # where the massive rows have their spikes
+    for i, far in ((where - 2, False), (where, True)):
+        turned = start.clone()
+        turned[i, i] = turned[i + 1, i + 1] = math.cos(0.6)
+        turned[i, i + 1], turned[i + 1, i] = math.sin(0.6), -math.sin(0.6)
+        turned = turned @ streamed.base
+        assert (turned - streamed.base).norm() < products.FAR * 8
+        before = streamed.base
+        streamed(x, turned, weights, objective, torch.float32)
+        assert (streamed.base is not before) == far
+
+
 @pytest.mark.parametrize("length, most", [(0.02, 2), (0.2, 4), (2.0, 6)])
-def test_updated_products_are_those_of_the_rotation_at_hand(length, most):
+def test_updated_products_are_those_of_the_rotation_at_hand(monkeypatch, length, most):
     """XR by its change is within 0.07 % of XR, wherever the path leads; where R moves far, it is XR."""
     x = rows(4, sites=3, tokens=700, d=64, dtype=torch.float32)
-    weights = dfrot.row_weights(x, QuantSpec(), Weighting())[0]
+    weights = dfrot.row_weights(x, QuantSpec(), Weighting(gamma=1.0))[0]
+    monkeypatch.setattr(products, "PIECE", 64 * 300)  # several pieces a chunk
     seen: list[torch.Tensor] = []
 
     class Watch(objectives.Centroids):
@@ -335,7 +360,7 @@ def test_updated_products_are_those_of_the_rotation_at_hand(length, most):
             seen.append(y)
             return super().direction(y, chunk)
 
-    streamed, bases, worst = products.Streamed(update=True), set(), []
+    streamed, bases, worst = products.Streamed(gram=gram_of(x, weights)), set(), []
     for r in along(haar(64, 3), length, 5):
         seen.clear()
         found = streamed(x, r, weights, Watch(QuantSpec()), torch.float32)
@@ -363,7 +388,7 @@ def test_updates_end_where_full_products_do():
 
 @pytest.mark.parametrize("how", [{"dtype": torch.bfloat16}, {"solver": "svd"}, {"dtype": FP64}])
 def test_updates_are_for_fp32_and_the_fast_step(how):
-    with pytest.raises(ValueError, match=r"update with dtype = .* float32, with solver 'fast'"):
+    with pytest.raises(ValueError, match=r"update with dtype = .*: it is for float32 and 'fast'"):
         optimize(rows(1), haar(12, 1), QuantSpec(), Weighting(), update=True, **how)
 
 
@@ -588,6 +613,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     wanted = optimize(x, start, QuantSpec(), Weighting(), **options)
     interrupted(monkeypatch, path, x, start, Weighting(), at=9, **options)
     assert path.exists()
+    if "update" in more:  # taken up between two full products, or it would show nothing
+        saved = load_file(path)
+        assert 0 < (saved["R"] - saved["base"]).norm() <= products.FAR * 12**0.5
     steps, accumulate = [], getattr(owner, step)
     monkeypatch.setattr(owner, step, lambda *a, **k: steps.append(1) or accumulate(*a, **k))
     found = optimize(x, start, QuantSpec(), Weighting(), checkpoint=path, every=3, **options)
@@ -598,7 +626,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
 OTHERWISE = {
     "share": 0.5, "solver": "svd", "objective": "whip", "stop": 0.5, "relax": 1.6,
-    "sampling": "importance", "qr": True,
+    "sampling": "importance", "qr": True, "update": True, "error_dtype": torch.bfloat16,
 }  # fmt: skip
 
 
@@ -618,6 +646,8 @@ OTHERWISE = {
         "relax",
         "sampling",
         "qr",
+        "update",
+        "error_dtype",
     ],
 )
 def test_a_checkpoint_of_another_optimisation_is_not_taken(monkeypatch, tmp_path, changed):

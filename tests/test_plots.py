@@ -435,7 +435,8 @@ def _objectives(infinite: bool) -> dict:
         {"objective": o, "gamma": g, "start": s}
         | {
             "ppl": {
-                b: "inf" if infinite and o == "whip" else 30.0 + i + float(g) / 50 for b in bits
+                b: "inf" if infinite and o == "whip" else 30.0 + sign * i + float(g) / 50
+                for b, sign in zip(bits, (1, -1), strict=True)
             }
         }
         for i, o in enumerate(names)
@@ -666,6 +667,21 @@ def test_massive_tokens_are_never_thinned_out():
     told = plots.caption("error_bars_3d", found)
     assert "60 massive tokens" in told and "22 normal tokens" in told
     plots.draw("error_bars_3d", found)
+
+
+def test_the_screening_tells_both_rankings_and_how_alike_they_are():
+    result = of("objective_screening")
+    told = plots.caption("objective_screening", result)
+    assert "at 16-4-16 from RO 35.00 → 30.02 by centroids (DFRot), γ = 1" in told
+    assert "at 4-4-16 from RO 35.00 → 25.02 by soft peak (InfoQuant), γ = 1" in told
+    assert "ranking of all 36 at 16-4-16 with that at 4-4-16 -" in told  # another order
+    for row in result["screen"]:
+        row["ppl"]["4-4-16"] = row["ppl"]["16-4-16"]
+    assert "with that at 4-4-16 1.00." in plots.caption("objective_screening", result)
+    result["screen_bits"] = ["16-4-16"]
+    assert "Kendall" not in plots.caption("objective_screening", result)
+    for name in ("cost_and_quality", "prefix_in_cache"):
+        assert "evaluation windows 3 to 6" in plots.caption(name, result)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,9 @@ def _alike(result: dict[str, Any]) -> str:
     first, *others = result["screen_bits"]
     rows = [r["ppl"] for r in result["screen"] if r["objective"] != "none"]
     ranked = {b: [float(ppl[b]) for ppl in rows] for b in result["screen_bits"]}
-    told = [f"{kendalltau(ranked[first], ranked[b]).statistic:.2f} at {b}" for b in others]
-    return f" Kendall's τ of the {len(rows)} with {first}: {', '.join(told)}." if told else ""
+    told = [f"at {b} {kendalltau(ranked[first], ranked[b]).statistic:.2f}" for b in others]
+    ranking = f"Kendall's τ of the ranking of all {len(rows)} at {first} with that"
+    return f" {ranking} {', '.join(told)}." if told else ""
 
 
 def _best(result: dict[str, Any], bits: str) -> str:

@@ -40,6 +40,7 @@ __all__ = [
     "by_values",
     "claims",
     "confirm",
+    "labelled",
     "pareto",
     "screen",
     "three",
@@ -80,13 +81,14 @@ def screen(
 def behind(lab: Lab, windows: int, count: int) -> slice:
     """The `count` evaluation windows behind the first `windows`, which rank; 0: all the rest.
 
-    Raises ValueError where none is left: what has chosen cannot confirm.
+    Raises ValueError where none is left, or there are not so many: what has chosen cannot confirm.
     """
-    last = windows + count if count else len(lab.evaluation_tokens(0))
-    if not 0 < windows < last:
+    there = len(lab.evaluation_tokens(0))
+    last = windows + count if count else there
+    if not 0 < windows < last <= there:
         raise ValueError(
-            f"windows = {windows}, confirm_windows = {count}: the first rank, those behind them confirm; "
-            f"use at least one of each, of {len(lab.evaluation_tokens(0))} (confirm_windows = 0: the rest)"
+            f"windows = {windows}, confirm_windows = {count}: the first `windows` rank the objectives, those "
+            f"behind them confirm: use at least one of each, {there} together (confirm_windows = 0: the rest)"
         )
     return slice(windows, last)
 
@@ -175,7 +177,10 @@ def _kl(lab: Lab, file: str, seed: int, which: slice) -> float:
 def by_task_loss(
     lab: Lab, starts: list[str], seed: int, steps: int, length: int, which: slice
 ) -> list[dict[str, Any]]:
-    """SpinQuant's way: Cayley steps on the task loss from each of `starts`, and its budget."""
+    """SpinQuant's way: Cayley steps on the task loss from each of `starts`, and its budget.
+
+    which: evaluation windows.
+    """
     out, tokens = [], lab.calibration_tokens[:, : lab.seqlen // length * length]
     whose = owners.of(lab.model).about  # the lab takes no file that does not say it
     for name in starts:
@@ -210,7 +215,10 @@ def _weights(lab: Lab) -> int:
 
 
 def by_prefix(lab: Lab, names: dict[str, str], seed: int, which: slice) -> dict[str, Any]:
-    """W16A4 perplexity with and without a prefix in the cache, of each rotation (label → name or file)."""
+    """W16A4 perplexity with and without a prefix in the cache, of each rotation (label → name or file).
+
+    which: evaluation windows.
+    """
     first = lab.tokenizer.bos_token_id
     ahead = prefix.choose(lab.activations, lab.calibration_tokens, first, QuantSpec())
     tokens, out = lab.evaluation_tokens(which.stop)[which], []
@@ -229,7 +237,7 @@ def by_values(
     """W16A4 perplexity under `recommended` with one Hadamard R2, and with R2 refined for each head.
 
     R2 is refined for each of `objectives` on what o_proj is given in the lab's own calibration windows, from
-    the Hadamard. before, after: its loss, mean over layers.
+    the Hadamard. which: evaluation windows. before, after: its loss, mean over layers.
     """
     size = models.layers(lab.lm)[0].module.self_attn.head_dim
     hadamard = rotations.random_hadamard(size)
