@@ -2,7 +2,7 @@
 
     python -m benchmarks.further --out figures/further.json --page docs/optimiser.md
 
-Three tables, over seeds: Whip from RO, third of the screening when both starts count, beside RH and the
+Three tables, over seeds: Whip from RO, third of the screening at 16-4-16, beside RH and the
 presets, with GPTQ as well and on another corpus, which calibrated none of it; R1 refined again on the
 activations of the model it quantizes, and as long again on the old ones; a prefix in the KV cache, with the
 floating-point model as control.
