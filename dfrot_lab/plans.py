@@ -25,7 +25,7 @@ MEASURED = {
     "06_reviewers_questions": "10–20 min",
     "07_int4_kernels": "about 3 min",
     "08_why_it_works": "about 1 min",
-    "09_objectives": "45–60 min",
+    "09_objectives": "about 90 min",
     "10_zero_shot": "about 1 h",
 }
 # tokens with all choices, roughly: of an item of ours, and of the hub's tasks, which are run whole

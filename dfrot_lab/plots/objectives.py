@@ -88,7 +88,7 @@ def objective_screening(result: dict[str, Any]) -> Figure:
             ax.set_yscale("log")
         ax.set_ylim(*style.limits(everything, log=log, margin=0.1))
         ax.set_ylabel("perplexity")
-        ax.set_title(bits)
+        ax.set_title(bits if bits.startswith("16-") else f"{bits}, weights by RTN")
         ax.grid(axis="y")
     axes[-1].set_xticks(range(len(names)), [SHORT[n] for n in names])
     axes[-1].tick_params(axis="x", length=0)
@@ -113,7 +113,8 @@ def _pareto_numbers(result: dict[str, Any]) -> dict[str, Any]:
 
 def _confirming(result: dict[str, Any]) -> str:
     first = int(result["windows"]) + 1
-    return f"evaluation windows {first} to {first + int(result['confirm_windows']) - 1}"
+    last = first + int(result["confirm_windows"]) - 1
+    return f"evaluation windows {first} {'and' if last == first + 1 else 'to'} {last}"
 
 
 def _aside(rows: list[dict[str, Any]], i: int) -> float:
@@ -125,7 +126,7 @@ def _aside(rows: list[dict[str, Any]], i: int) -> float:
 @figure(NOTEBOOK, _pareto_numbers)
 def cost_and_quality(result: dict[str, Any]) -> Figure:
     """Cost of the refinement against perplexity (left) and KL (right), W16A4; sd over seeds as bars."""
-    fig = style.new(PAGE, 2.7)
+    fig = style.new(PAGE, 2.2 + 0.17 * math.ceil(len(result["pareto"]) / 2))
     axes = fig.subplots(1, 2)
     names = [r["method"] for r in result["pareto"]]
     least = min((r["cost"] for r in result["pareto"] if r["cost"] > 0), default=1.0)
@@ -152,7 +153,7 @@ def cost_and_quality(result: dict[str, Any]) -> Figure:
         ax.set_xlim(10**low, 3 * max(r["cost"] for r in result["pareto"]))
         ax.set_xticks([least / 10, *ticks], ["0", *[f"{t:g}" for t in ticks]])
         ax.set_xlim(least / 20, 3 * max(r["cost"] for r in result["pareto"]))
-    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    fig.legend(handles=handles, loc="outside lower center", ncols=2)
     return fig
 
 
