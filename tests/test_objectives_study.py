@@ -58,7 +58,7 @@ def test_windows_behind_those_that_rank(lab):
     there = len(lab.evaluation_tokens(0))
     assert study.behind(lab, 2, 4) == slice(2, 6)
     assert study.behind(lab, 2, 0) == slice(2, there)
-    for windows, count in ((0, 4), (0, 0), (there, 0), (2, there), (2, there - 1)):
+    for windows, count in ((0, 4), (0, 0), (there - 1, 0), (2, 1), (2, there - 1)):
         with pytest.raises(ValueError, match=f"windows = {windows}, confirm_windows = {count}: "):
             study.behind(lab, windows, count)
 

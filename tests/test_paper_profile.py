@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 # what the hub, a GPU and days would otherwise be needed for; everything else is the paper profile's
 SMALL = {
     "corpus": "pydoc", "seqlen": 64, "dtype": "float32", "device": "cpu", "threads": 1,
-    "site": "layers.1.mlp", "seeds": [0, 1], "iterations": 5, "windows": 2, "confirm_windows": 1, "side_windows": 1,
+    "site": "layers.1.mlp", "seeds": [0, 1], "iterations": 5, "windows": 2, "side_windows": 1,
+    "confirm_windows": 2,
     "side_seeds": 1, "final_windows": 1, "final_seeds": 1, "weight_windows": 4, "samples": 2,
     "sites": [2, 1], "gammas": [1.0, float("inf")], "corpora": ["pydoc"], "rounds": 1, "tokens": 32,
     "clips": [1.0, 0.9], "clip_steps": 4, "peak_tokens": [1, 32], "draws": 1, "second": "pydoc",

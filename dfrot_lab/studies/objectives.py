@@ -85,10 +85,10 @@ def behind(lab: Lab, windows: int, count: int) -> slice:
     """
     there = len(lab.evaluation_tokens(0))
     last = windows + count if count else there
-    if not 0 < windows < last <= there:
+    if not 0 < windows <= last - 2 <= there - 2:  # a paired interval needs two
         raise ValueError(
             f"windows = {windows}, confirm_windows = {count}: the first `windows` rank the objectives, those "
-            f"behind them confirm: use at least one of each, {there} together (confirm_windows = 0: the rest)"
+            f"behind them confirm: use at least 1 and 2, {there} together at most (confirm_windows = 0: the rest)"
         )
     return slice(windows, last)
 
