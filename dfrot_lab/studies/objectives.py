@@ -88,7 +88,7 @@ def behind(lab: Lab, windows: int, count: int) -> slice:
     if not 0 < windows <= last - 2 <= there - 2:  # a paired interval needs two
         raise ValueError(
             f"windows = {windows}, confirm_windows = {count}: the first `windows` rank the objectives, those "
-            f"behind them confirm: use at least 1 and 2, {there} together at most (confirm_windows = 0: the rest)"
+            f"behind them confirm: use at least 1 and 2, {there} together (confirm_windows = 0: the rest)"
         )
     return slice(windows, last)
 
