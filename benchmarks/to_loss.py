@@ -53,6 +53,13 @@ def whole(d: int, rows: int, iterations: int, device: str, low: bool) -> dict:
     return row
 
 
+def published(parts: tuple[Tensor, ...], r: Tensor, iterations: int) -> Tensor:
+    """R [d, d], fp64 on the CPU, after published steps on (normal, massive) rows in the precision of `r`."""
+    for _ in tqdm(range(iterations), desc=f"published, {r.dtype}"):
+        r = published_step(*parts, r)
+    return r.double().cpu()
+
+
 def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) -> dict:
     """Seconds until the held-back loss is what `iterations` published steps reach, and both ends.
 
@@ -60,20 +67,16 @@ def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) ->
     """
     x, held = planted(rows, d, 0, device), Activations.of(planted(16384, d, 7, device))
     start, weighting = rotations.random_hadamard(d, 0), Weighting(ALPHA)
-    normal, massive = split(x)
-    r, began = start.float().to(device), time.perf_counter()
-    for _ in tqdm(range(iterations), desc="published"):
-        r = published_step(normal, massive, r)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    parts, began = split(x), time.perf_counter()
+    r = published(parts, start.float().to(device), iterations)
     row = {
         "d": d,
         "rows": rows,
         "iterations": iterations,
         "published s": time.perf_counter() - began,
     }
-    row["published loss"] = dfrot.loss(held, r.double().cpu(), SPEC, weighting)
-    row["published off"] = rotations.orthogonality_error(r.double().cpu())
+    row["published loss"] = dfrot.loss(held, r, SPEC, weighting)
+    row["published off"] = rotations.orthogonality_error(r)
     wanted, x = row["published loss"], Activations.of(x)
     for kind, how in precisions(device, low and device != "cpu").items():
         name, began = "same steps" + f" {kind}" * (kind != "fp32"), time.perf_counter()
@@ -121,26 +124,19 @@ def ends(d: int, rows: int, iterations: int, seeds: int, device: str, low: bool)
     found: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(seeds):
         start = rotations.random_hadamard(d, seed)
-        wanted = _published(parts, start.float().to(device), iterations, held)
+        r = published(parts, start.float().to(device), iterations)
+        wanted = dfrot.loss(held, r, SPEC, weighting)
         for name, how in ways.items():
             if how is None:
                 double = tuple(part.double() for part in parts)
-                loss = _published(double, start.to(device), iterations, held)
+                r = published(double, start.to(device), iterations)
             else:
                 r, _ = dfrot.optimize(
                     Activations.of(x), start, SPEC, weighting, iterations=iterations,
                     device=device, progress=f"{name}, seed {seed}", **how,
                 )  # fmt: skip
-                loss = dfrot.loss(held, r, SPEC, weighting)
-            found[name].append(loss / wanted)
+            found[name].append(dfrot.loss(held, r, SPEC, weighting) / wanted)
     for name, ratios in found.items():
         row[f"{name} over published"] = statistics.fmean(ratios)
         row[f"{name} sd"] = statistics.stdev(ratios) if seeds > 1 else 0.0
     return row
-
-
-def _published(parts: tuple[Tensor, ...], r: Tensor, iterations: int, held: Activations) -> float:
-    """Held-back loss after `iterations` published steps on (normal, massive) rows, in their precision."""
-    for _ in tqdm(range(iterations), desc=f"published, {r.dtype}"):
-        r = published_step(*parts, r)
-    return dfrot.loss(held, r.double().cpu(), SPEC, Weighting(ALPHA))

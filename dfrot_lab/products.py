@@ -84,9 +84,8 @@ class Streamed:
         low = torch.bfloat16 in (dtype, self.error_dtype)
         self._move(r)
         rotation, product = r.to(dtype), torch.zeros_like(r)
-        sums = torch.zeros(
-            2, dtype=torch.float64, device=r.device
-        )  # read once: a GPU need not wait
+        # read once: a GPU need not wait
+        sums = torch.zeros(2, dtype=torch.float64, device=r.device)
         part, since = torch.zeros(r.shape, dtype=inside, device=r.device), 0
         size = 1 << 30 if r.device.type == "cuda" else max(256, PIECE // x.d)
         for i, (chunk, w) in enumerate(pairs(x, weights, inside, r.device)):
