@@ -26,15 +26,13 @@ from dfrot_lab import dfrot, polar, products, rotations
 from dfrot_lab.activations import Activations
 from dfrot_lab.weighting import Weighting
 
-UPDATED = 30  # steps whose mean is told where XR is updated
+LONG = 60.0  # seconds of a step for which none is made before the clock: pages are not what it waits for
 
 
 def clock(call: Callable, args: tuple, device: str, steps: int) -> float:
-    """Median seconds of `steps` calls, each waited for; one before the clock, unless one is to do."""
-    if steps > 1:
-        call(*args)
-    times = []
-    for _ in range(steps):
+    """Median seconds of `steps` calls, each waited for; a first one, if short, only warms up."""
+    times: list[float] = []
+    while len(times) < steps or (len(times) == steps > 1 and times[0] < LONG):
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -42,7 +40,7 @@ def clock(call: Callable, args: tuple, device: str, steps: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times[-steps:])
 
 
 def ours(x: Activations, start: Tensor, how: dict, device: str, steps: int) -> list[float]:
@@ -110,22 +108,25 @@ def gate_losses(d: int, device: str, low: bool) -> dict[str, float]:
     return {name: abs(last(Activations.of(x), **how) / exact - 1) for name, how in kinds.items()}
 
 
-def measure(d: int, rows: int, steps: int, device: str, low: bool) -> dict:
-    """One row of the table."""
+def measure(d: int, rows: int, steps: int, updated: int, device: str, low: bool) -> dict:
+    """One row of the table; updated: steps whose mean is told where XR is updated."""
     x, start = planted(rows, d, 0, device), rotations.random_hadamard(d, 0)
     r = start.float().to(device)
     normal, massive = split(x)
     row: dict = {"d": d, "rows": rows, "massive": len(massive)}
     row["published s"] = clock(published_step, (normal, massive, r), device, steps)
+    print(f"d = {d}, published: {row['published s']:.3g} s a step", flush=True)
     normal = torch.cat([normal, massive * ALPHA])  # in the place of the old, which is freed
     row["two products s"] = clock(plain_step, (normal, r), device, steps)
     del normal, massive
     wrapped = Activations.of(x)
     for name, how in to_loss.precisions(device, low).items():
         if "update" in how:  # full products come in between: the mean over a run, from the first on
-            row[f"{name} s"] = statistics.fmean(ours(wrapped, start, how, device, UPDATED))
+            row[f"{name} s"] = statistics.fmean(ours(wrapped, start, how, device, updated))
         else:  # one before the clock, as for the published one
-            row[f"{name} s"] = statistics.median(ours(wrapped, start, how, device, steps + 1)[1:])
+            count = steps + (row["published s"] < LONG)
+            row[f"{name} s"] = statistics.median(ours(wrapped, start, how, device, count)[-steps:])
+        print(f"d = {d}, {name}: {row[f'{name} s']:.3g} s a step", flush=True)
         row[f"{name} ratio"] = row["published s"] / row[f"{name} s"]
     return row
 
@@ -153,6 +154,7 @@ def shown(rows: list[dict]) -> None:
     "--ends", default="", help="d:rows:iterations:seeds: where each precision ends, by start."
 )
 @click.option("--steps", default=3, help="Timed steps.")
+@click.option("--updated", default=30, help="Steps from the first on, where XR is updated.")
 @click.option("--device", default="cpu")
 @click.option("--threads", default=2)
 @click.option("--bf16/--no-bf16", default=None, help="Default: where the processor multiplies it.")
@@ -163,6 +165,7 @@ def main(
     full: str,
     ends: str,
     steps: int,
+    updated: int,
     device: str,
     threads: int,
     bf16: bool | None,
@@ -201,7 +204,7 @@ def main(
             records.write_text(out, json.dumps(found, indent=2) + "\n")
 
     for size in filter(None, sizes.split(",")):
-        keep("steps", measure(*map(int, size.split(":")), steps, device, bf16))
+        keep("steps", measure(*map(int, size.split(":")), steps, updated, device, bf16))
     for size in filter(None, full.split(",")):
         keep("whole", to_loss.whole(*map(int, size.split(":")), device, bf16))
     for size in filter(None, equal.split(",")):

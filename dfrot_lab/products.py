@@ -21,6 +21,7 @@ __all__ = ["Streamed", "pairs", "whole"]
 PIECE = (
     1 << 20
 )  # numbers of a piece on a CPU: 4 MB in fp32, about what two cores have as second-level cache
+LEAST = 4  # a piece has at least d/4 rows: each product reads and packs [d, d], or writes it
 FLUSH = 1 << 14  # rows whose products are added in fp32 before they go to the fp64 sum
 # bf16 inputs and output are off by 0.3 % of the change, root mean square: 0.07 % of XR where the change is a
 # quarter of it; TF32 inputs would be off by 0.04 %
@@ -87,7 +88,7 @@ class Streamed:
         # read once: a GPU need not wait
         sums = torch.zeros(2, dtype=torch.float64, device=r.device)
         part, since = torch.zeros(r.shape, dtype=inside, device=r.device), 0
-        size = 1 << 30 if r.device.type == "cuda" else max(256, PIECE // x.d)
+        size = 1 << 30 if r.device.type == "cuda" else max(x.d // LEAST, PIECE // x.d)
         for i, (chunk, w) in enumerate(pairs(x, weights, inside, r.device)):
             for j, (rows, share) in enumerate(zip(chunk.split(size), w.split(size), strict=True)):
                 short = rows.bfloat16() if low or self.update else rows

@@ -46,6 +46,8 @@ def test_a_toy_run_prints_and_writes_its_numbers(tmp_path):
         "32:600:4:2",
         "--steps",
         "2",
+        "--updated",
+        "3",
         "--threads",
         "1",
         "--bf16",
@@ -73,6 +75,16 @@ def test_the_gate_sees_a_wrong_update(monkeypatch):
     monkeypatch.setattr(products.Streamed, "_updated", lambda *a: 1.2 * real(*a))
     wrong = optimiser.gate_losses(64, "cpu", True)
     assert [name for name, value in wrong.items() if value > 0.02] == ["fp32, updated"]
+
+
+def test_a_step_warms_up_unless_one_alone_is_timed_or_it_takes_long(monkeypatch):
+    calls = []
+    for steps, count in ((1, 1), (3, 4)):
+        optimiser.clock(calls.append, (steps,), "cpu", steps)
+        assert calls.count(steps) == count
+    monkeypatch.setattr(optimiser, "LONG", 0.0)
+    optimiser.clock(calls.append, (5,), "cpu", 5)
+    assert calls.count(5) == 5
 
 
 def test_every_step_is_timed_from_the_first_on():
