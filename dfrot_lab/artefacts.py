@@ -42,6 +42,8 @@ __all__ = ["Artefacts", "LabError", "parse_rotation", "rotation_stem"]
 MODEL_CODE = (
     "dfrot_lab.architectures",
     "dfrot_lab.models",
+    "dfrot_lab.dequantized",
+    "dfrot_lab.tiny_models",
     "dfrot_lab.activations",
     "dfrot_lab.corpora",
     "dfrot_lab.wikipedia",

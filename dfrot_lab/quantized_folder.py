@@ -16,7 +16,7 @@ from typing import Any
 from dfrot_kernels import hadamard
 from torch import nn
 
-from dfrot_lab import files, models, quantized_model
+from dfrot_lab import files, hub, models, quantized_model
 from dfrot_lab.quantized_model import ModelSpec
 
 __all__ = ["FolderError", "load", "save"]
@@ -64,7 +64,7 @@ def load(folder: str | Path, *, device: str = "cpu") -> tuple[nn.Module, Any, di
 
     Raises FolderError for a folder that `save` did not write.
     """
-    transformers = models._transformers()
+    transformers = hub.quiet_transformers()
     path = str(folder)
     if not (Path(folder) / "config.json").is_file():
         raise FolderError(f"{folder} is no model folder: it has no config.json")

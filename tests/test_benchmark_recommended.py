@@ -46,6 +46,33 @@ def test_differences_are_paired_by_window_after_the_mean_over_seeds():
     assert line.startswith(f"| recommended − dfrot, nats a token | +{d['mean']:.3f} [")
 
 
+def test_differences_are_paired_by_seed_after_the_mean_over_windows():
+    nll = {"dfrot": [[5.0, 3.0], [2.0, 2.0], [9.0, 7.0]], "recommended": [[2, 2], [1, 4], [5, 5]]}
+    rows = [
+        {"rotation": m, "seed": seed, "bits": "4-4-16", "weights": "rtn", "nll": nll[m][seed]}
+        for m in nll
+        for seed in (2, 0, 1)
+    ]
+    head, _, *lines = recommended.markdown(rows, "seeds").splitlines()
+    d = evaluation.paired_difference([2.0, 2.5, 5.0], [4.0, 2.0, 8.0])
+    wanted = f"−{-d['mean']:.3f} [−{-d['low']:.3f}, +{d['high']:.3f}], 2 of 3"
+    assert lines[-1] == f"| recommended − dfrot, nats a token | {wanted} |"
+    assert head == "|  | 4-4-16, RTN |" and len(lines) == 3  # no row for what was not measured
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (["--methods", "RH,dfort"], "dfort: use some of RH, dfrot, as released, recommended"),
+        (["--methods", "RH,recommended"], "add dfrot"),
+        (["--pairs", "seeds", "--seeds", "3"], "seeds 3: give two or more"),
+    ],
+)
+def test_a_table_without_what_it_compares_is_refused_at_once(ask, said, tmp_path):
+    done = CliRunner().invoke(recommended.main, [*ask, "--out", str(tmp_path / "r.json")])
+    assert done.exit_code == 2 and said in " ".join(done.output.replace("│", " ").split())
+
+
 def test_the_released_settings_are_what_is_said(measured):
     folder = measured[2]
     [file] = (folder / "artefacts" / "rotations").glob("*-sym-seed0-qr-100steps.safetensors")
@@ -62,8 +89,14 @@ def test_nothing_is_measured_twice(measured, monkeypatch):
     assert done.exit_code == 0, done.output
 
 
-def test_the_committed_numbers_are_those_of_the_page():
-    rows = files.read_json(ROOT / "figures" / "recommended.json")["rows"]
-    mark = recommended.MARK
-    text = f"{mark}\n{recommended.markdown(rows)}\n{mark}"
+@pytest.mark.parametrize(
+    ("name", "pairs", "mark"),
+    [
+        ("recommended.json", "windows", recommended.MARK),
+        ("recommended_seeds.json", "seeds", recommended.SEEDS_MARK),
+    ],
+)
+def test_the_committed_numbers_are_those_of_the_page(name, pairs, mark):
+    rows = files.read_json(ROOT / "figures" / name)["rows"]
+    text = f"{mark}\n{recommended.markdown(rows, pairs)}\n{mark}"
     assert text in (ROOT / "docs" / "optimiser.md").read_text()

@@ -181,7 +181,7 @@ def test_merge_writes_a_checkpoint(tmp_path, r2):
 def test_merge_reads_the_demo_model_from_its_dequantized_folder(tmp_path, monkeypatch):
     models.tiny("llama").save_pretrained(tmp_path / "model")
     monkeypatch.setattr(assets, "path", Path)
-    monkeypatch.setattr(models, "_dequantized_folder", lambda gguf: tmp_path / "model")
+    monkeypatch.setattr(models.dequantized, "folder_of", lambda gguf: tmp_path / "model")
     about = {"model": "mine", "fingerprint": owners.fingerprint(tmp_path / "model")}
     rotations.save(tmp_path / "R1.safetensors", rotations.random_orthogonal(64, 0), about)
     options = ("--rotation", tmp_path / "R1.safetensors", "--out", tmp_path / "merged")

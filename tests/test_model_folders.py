@@ -56,7 +56,7 @@ def test_every_command_tells_it_before_anything_starts(command, tmp_path):
 def test_the_dequantized_folder_is_found(tmp_path, monkeypatch):
     models.tiny("llama").save_pretrained(tmp_path / "model")
     monkeypatch.setattr(assets, "path", lambda name: Path(f"{name}.gguf"))
-    monkeypatch.setattr(models, "_dequantized_folder", lambda gguf: tmp_path / "model")
+    monkeypatch.setattr(models.dequantized, "folder_of", lambda gguf: tmp_path / "model")
     assert model_folders.find("demo") == tmp_path / "model"
     assert model_folders.find(tmp_path / "model") == tmp_path / "model"
     with pytest.raises(ModelFolderError, match="owner/name is no folder: use 'demo'"):

@@ -105,7 +105,7 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
     where there is none and a quantized checkpoint, ModelError as `models.load`.
     """
     path = Path(model)
-    hub = not path.exists() and models._on_hub(model)
+    hub = not path.exists() and models.on_hub(model)
     if revision and not hub:
         raise ExportError(
             f"revision = {revision!r}: only models on the hub have one, not {model!r}"
