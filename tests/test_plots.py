@@ -723,7 +723,7 @@ def test_the_screening_tells_both_rankings_and_how_alike_they_are():
         ("gaussian_floor", lambda r: [x["RO"].update(mean=0.0777) for x in r["tokens"]["means"]]),
         ("spikes_under_hadamard", lambda r: r["tokens"]["limits"].update(symmetric=77.7)),
         ("spikes_in_noise", lambda r: [x.update(predicted=0.0777) for x in r["tokens"]["means"]]),
-        ("hadamard_wins", lambda r: r["tokens"]["limits"].update(symmetric=77.7)),
+        ("hadamard_wins", lambda r: r["tokens"]["limits"].update(asymmetric=77.7)),
         ("massive_rule", lambda r: r["rule"]["found"]["ours"].update(symmetric=0.077)),
         ("composed_hadamard", lambda r: r["composed"][0].update(mean=0.0777)),
         ("loss_landscape", lambda r: r["alike"].update(massive=0.77)),

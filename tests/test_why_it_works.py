@@ -165,7 +165,7 @@ def result() -> dict:
         "floor": [{"RO": 0.0201, "floor": 0.02}],
         "tokens": {
             "means": means, "massive": [2], "breadth": [100.0, 150.0, 5.0],
-            "limits": {"symmetric": 10.9}, "RH": [0.012, 0.012, 0.003], "RO": [0.014] * 3,
+            "limits": {"symmetric": 4.0, "asymmetric": 9.6}, "RH": [0.012, 0.012, 0.003], "RO": [0.014] * 3,
         },
         "rule": {
             "d": 576, "thresholds": thresholds, "published": massive.PUBLISHED_THRESHOLDS,

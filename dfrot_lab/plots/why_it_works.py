@@ -210,7 +210,7 @@ def spikes_in_noise(result: dict[str, Any]) -> Figure:
 
 def _wins_numbers(result: dict[str, Any]) -> dict[str, Any]:
     found = result["tokens"]
-    limit = float(array(found["limits"]["symmetric"]))
+    limit = float(array(found["limits"]["asymmetric"]))  # as the errors are
     breadth, chosen = array(found["breadth"]), np.zeros(len(found["breadth"]), bool)
     chosen[found["massive"]] = True
     ratio = array(found["RH"]) / array(found["RO"])
@@ -229,7 +229,7 @@ def hadamard_wins(result: dict[str, Any]) -> Figure:
     """RH's error over RO's against (‖x‖₁/‖x‖₂)², the limit of the condition, and the bound it gives."""
     found = result["tokens"]
     breadth, ratio = array(found["breadth"]), array(found["RH"]) / array(found["RO"])
-    limit = float(array(found["limits"]["symmetric"]))
+    limit = float(array(found["limits"]["asymmetric"]))  # as the errors are
     fig = style.new(COLUMN, 2.4)
     ax = fig.add_subplot()
     span = style.limits([*breadth, limit], log=True)
@@ -244,7 +244,7 @@ def hadamard_wins(result: dict[str, Any]) -> Figure:
         Line2D([], [], ls="", marker="o", ms=3, mew=0, color=DOT, label="normal token"),
         Line2D([], [], **STAR, label="massive token"),
         Line2D([], [], color=COLOUR["RH"], label="squared steps, at most"),
-        Line2D([], [], color=COLOUR["ink"], ls="--", lw=0.8, label="$E[M^2]$"),
+        Line2D([], [], color=COLOUR["ink"], ls="--", lw=0.8, label=r"$E[\mathrm{range}^2]/4$"),
     ]
     fig.legend(handles=handles, loc="outside upper center", ncols=2)
     return fig

@@ -231,19 +231,21 @@ def claims(result: dict[str, Any]) -> list[Claim]:
 
 
 def _condition(found: dict[str, Any]) -> list[Claim]:
-    """RH wins where (‖x‖₁/‖x‖₂)² is below E[M²]; nothing to say without massive tokens."""
+    """RH wins where (‖x‖₁/‖x‖₂)² is below E[range²]/4, asymmetric as the errors are; nothing to say without
+    massive tokens.
+    """
     breadth, chosen = torch.tensor(found["breadth"]), torch.zeros(len(found["breadth"])).bool()
     chosen[found["massive"]] = True
     if not chosen.any() or chosen.all():
         return []
-    limit = found["limits"]["symmetric"]
+    limit = found["limits"]["asymmetric"]
     below = breadth < limit
     wins = torch.tensor(found["RH"]) < torch.tensor(found["RO"])
     return [
         Claim(
             "Few-spike tokens are those that RH is bound to win, and they are the massive ones",
-            "not given; (‖x‖₁/‖x‖₂)² < E[M²]",
-            f"E[M²] = {limit:.1f}; below it {below[chosen].double().mean():.1%} of massive and "
+            "not given; (‖x‖₁/‖x‖₂)² < E[range²]/4",
+            f"E[range²]/4 = {limit:.1f}; below it {below[chosen].double().mean():.1%} of massive and "
             f"{below[~chosen].double().mean():.1%} of normal tokens; RH wins "
             f"{wins[below].double().mean():.1%} of those below",
             "≥ 95 % of massive and ≤ 5 % of normal tokens below, ≥ 95 % of those won",
