@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -29,22 +30,29 @@ from dfrot_lab.weighting import Weighting
 LONG = 60.0  # seconds of a step for which none is made before the clock: pages are not what it waits for
 
 
-def clock(call: Callable, args: tuple, device: str, steps: int) -> float:
-    """Median seconds of `steps` calls, each waited for; a first one, if short, only warms up."""
+def clock(
+    step: Callable[[Tensor], Tensor], r: Tensor, device: str, steps: int
+) -> tuple[float, Tensor, int]:
+    """(median seconds of `steps` steps from R = `r` on, each waited for, R after all, how many these were).
+
+    A first one, if short, only warms up.
+    """
     times: list[float] = []
     while len(times) < steps or (len(times) == steps > 1 and times[0] < LONG):
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        call(*args)
+        r = step(r)
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[-steps:])
+    return statistics.median(times[-steps:]), r, len(times)
 
 
-def ours(x: Activations, start: Tensor, how: dict, device: str, steps: int) -> list[float]:
-    """Seconds of each of the first `steps` steps of `dfrot.optimize`, set-up (the Gram matrix) left out."""
+def ours(
+    x: Activations, start: Tensor, how: dict, device: str, steps: int
+) -> tuple[list[float], Tensor]:
+    """Seconds of each of `steps` steps of `dfrot.optimize`, set-up (the Gram matrix) left out, and R."""
     times, factor, sums = [], dfrot.polar.polar, products.Streamed.__call__
 
     def begun(*args) -> products.Sums:
@@ -63,8 +71,10 @@ def ours(x: Activations, start: Tensor, how: dict, device: str, steps: int) -> l
         mock.patch.object(products.Streamed, "__call__", begun),
         mock.patch.object(dfrot.polar, "polar", ended),
     ):
-        dfrot.optimize(x, start, SPEC, Weighting(ALPHA), iterations=steps, device=device, **how)
-    return [b - a for a, b in itertools.pairwise(times)]
+        r, _ = dfrot.optimize(
+            x, start, SPEC, Weighting(ALPHA), iterations=steps, device=device, **how
+        )
+    return [b - a for a, b in itertools.pairwise(times)], r
 
 
 def forced(method: str) -> AbstractContextManager:
@@ -109,25 +119,37 @@ def gate_losses(d: int, device: str, low: bool) -> dict[str, float]:
 
 
 def measure(d: int, rows: int, steps: int, updated: int, device: str, low: bool) -> dict:
-    """One row of the table; updated: steps whose mean is told where XR is updated."""
+    """One row of the table; updated: steps whose mean is told where XR is updated.
+
+    "NAME loss over published": on held-back rows, after as many steps as were made of the published ones.
+    """
     x, start = planted(rows, d, 0, device), rotations.random_hadamard(d, 0)
     r = start.float().to(device)
     normal, massive = split(x)
     row: dict = {"d": d, "rows": rows, "massive": len(massive)}
-    row["published s"] = clock(published_step, (normal, massive, r), device, steps)
+    row["published s"], ended, row["steps"] = clock(
+        partial(published_step, normal, massive), r, device, steps
+    )
     print(f"d = {d}, published: {row['published s']:.3g} s a step", flush=True)
     normal = torch.cat([normal, massive * ALPHA])  # in the place of the old, which is freed
-    row["two products s"] = clock(plain_step, (normal, r), device, steps)
+    row["two products s"] = clock(partial(plain_step, normal), r, device, steps)[0]
     del normal, massive
+    held = Activations.of(planted(to_loss.HELD, d, 7, device))
+    ended = ended.double().cpu()
+    row["published loss"] = dfrot.loss(held, ended, SPEC, Weighting(ALPHA))
+    row["published off"] = rotations.orthogonality_error(ended)
     wrapped = Activations.of(x)
     for name, how in to_loss.precisions(device, low).items():
-        if "update" in how:  # full products come in between: the mean over a run, from the first on
-            row[f"{name} s"] = statistics.fmean(ours(wrapped, start, how, device, updated))
-        else:  # one before the clock, as for the published one
-            count = steps + (row["published s"] < LONG)
-            row[f"{name} s"] = statistics.median(ours(wrapped, start, how, device, count)[-steps:])
-        print(f"d = {d}, {name}: {row[f'{name} s']:.3g} s a step", flush=True)
-        row[f"{name} ratio"] = row["published s"] / row[f"{name} s"]
+        # updated: full products come in between, so the mean over a run, from the first on
+        count = updated if "update" in how else row["steps"]
+        times, r = ours(wrapped, start, how, device, count)
+        told = statistics.fmean(times) if "update" in how else statistics.median(times[-steps:])
+        print(f"d = {d}, {name}: {told:.3g} s a step", flush=True)
+        row |= {f"{name} s": told, f"{name} ratio": row["published s"] / told}
+        row[f"{name} off"] = rotations.orthogonality_error(r)
+        if count == row["steps"]:
+            loss = dfrot.loss(held, r, SPEC, Weighting(ALPHA))
+            row[f"{name} loss over published"] = loss / row["published loss"]
     return row
 
 

@@ -15,6 +15,8 @@ from dfrot_lab import dfrot, rotations
 from dfrot_lab.activations import Activations
 from dfrot_lab.weighting import Weighting
 
+HELD = 16384  # rows to tell a loss by
+
 
 def precisions(device: str, low: bool) -> dict[str, dict]:
     """Name → options of `dfrot.optimize` for the two products of a step."""
@@ -35,7 +37,7 @@ def whole(d: int, rows: int, iterations: int, device: str, low: bool) -> dict:
     On a GPU on its tensor cores alone: fp32 products take most of the time there.
     """
     x = Activations.of(planted(rows, d, 0, device).cpu())
-    held = Activations.of(planted(16384, d, 7, device))
+    held = Activations.of(planted(HELD, d, 7, device))
     start, weighting = rotations.random_hadamard(d, 0), Weighting(ALPHA)
     row = {"d": d, "rows": rows, "iterations": iterations}
     row["start loss"] = dfrot.loss(held, start, SPEC, weighting)
@@ -65,7 +67,7 @@ def to_equal_loss(d: int, rows: int, iterations: int, device: str, low: bool) ->
 
     same steps: as many of ours without over-relaxation, for the final loss; in fp32, on a GPU in others too.
     """
-    x, held = planted(rows, d, 0, device), Activations.of(planted(16384, d, 7, device))
+    x, held = planted(rows, d, 0, device), Activations.of(planted(HELD, d, 7, device))
     start, weighting = rotations.random_hadamard(d, 0), Weighting(ALPHA)
     parts, began = split(x), time.perf_counter()
     r = published(parts, start.float().to(device), iterations)
@@ -116,7 +118,7 @@ def ends(d: int, rows: int, iterations: int, seeds: int, device: str, low: bool)
     "NAME over published", "NAME sd": mean and sd over seeds of the start, for each precision, over-relaxed
     steps, and the published procedure with fp64 products: what another rounding alone makes of it.
     """
-    x, held = planted(rows, d, 0, device), Activations.of(planted(16384, d, 7, device))
+    x, held = planted(rows, d, 0, device), Activations.of(planted(HELD, d, 7, device))
     weighting, parts = Weighting(ALPHA), split(x)
     row: dict = {"d": d, "rows": rows, "iterations": iterations, "seeds": seeds}
     ways = {"published, fp64": None} | precisions(device, low)

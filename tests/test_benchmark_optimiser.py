@@ -57,6 +57,9 @@ def test_a_toy_run_prints_and_writes_its_numbers(tmp_path):
     found = json.loads(out.read_text())
     (row,) = found["steps"]
     assert row["fp32 ratio"] == pytest.approx(row["published s"] / row["fp32 s"])
+    assert row["steps"] == 3 and row["published off"] < 1e-4 and row["fp32 off"] < 1e-12
+    assert row["fp32 loss over published"] == pytest.approx(1, rel=0.1)
+    assert "fp32, updated loss over published" in row  # as many steps here
     (equal,) = found["equal"]
     assert equal["published off"] < 1e-4 and equal["fast off"] < 1e-12
     (ends,) = found["ends"]
@@ -78,19 +81,19 @@ def test_the_gate_sees_a_wrong_update(monkeypatch):
 
 
 def test_a_step_warms_up_unless_one_alone_is_timed_or_it_takes_long(monkeypatch):
-    calls = []
-    for steps, count in ((1, 1), (3, 4)):
-        optimiser.clock(calls.append, (steps,), "cpu", steps)
-        assert calls.count(steps) == count
-    monkeypatch.setattr(optimiser, "LONG", 0.0)
-    optimiser.clock(calls.append, (5,), "cpu", 5)
-    assert calls.count(5) == 5
+    for steps, count, long in ((1, 1, 60.0), (3, 4, 60.0), (3, 3, 0.0)):
+        monkeypatch.setattr(optimiser, "LONG", long)
+        _, r, made = optimiser.clock(lambda r: r + 1, torch.zeros(1), "cpu", steps)
+        assert r.item() == made == count
 
 
 def test_every_step_is_timed_from_the_first_on():
     x = Activations.of(published.planted(500, 32, 0))
-    times = optimiser.ours(x, rotations.random_hadamard(32, 0), {}, "cpu", 3)
+    start = rotations.random_hadamard(32, 0)
+    times, r = optimiser.ours(x, start, {}, "cpu", 3)
     assert len(times) == 3 and min(times) > 0
+    wanted, _ = dfrot.optimize(x, start, published.SPEC, Weighting(published.ALPHA), iterations=3)
+    assert torch.equal(r, wanted)
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):
