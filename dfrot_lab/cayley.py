@@ -9,9 +9,11 @@ and the weights, which R1 does not choose the grid of, or hardly, stay in floati
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,19 +48,31 @@ def refine(
     *,
     steps: int,
     length: float = 0.03,
+    checkpoint: str | Path | None = None,
+    every: int = 4,
     progress: str = "Cayley",
 ) -> tuple[Tensor, list[float]]:
     """(R1 [d, d] fp64, loss in nats a token of each step), one row of `tokens` [≥ 1, seqlen] a step.
 
     model: gain-folded, not rotated; left as it is. length: of the first step as a share of √d, falling
-    linearly to nothing. Raises RotationError for a `start` that does not fit, ValueError for NaN.
+    linearly to nothing. checkpoint: R and losses, kept there every `every` steps and taken up again, to the
+    same bytes, after an interruption; the file goes when the run is through. Raises RotationError for a
+    `start` that does not fit, ValueError for NaN.
     """
     r = rotations.check(start.double(), model.config.hidden_size, "start").clone()
     device, losses = next(model.parameters()).device, []
     wanted = [p for p in model.parameters() if p.requires_grad]
     for p in wanted:
         p.requires_grad_(False)
-    bar = tqdm(range(steps), desc=progress, mininterval=2)
+    key = hashlib.sha256(f"{spec} {steps} {length}".encode() + r.numpy().tobytes())
+    key.update(tokens.cpu().numpy().tobytes())
+    checkpoint = Path(checkpoint) if checkpoint else None
+    if checkpoint and checkpoint.exists():
+        kept, about = rotations.load(checkpoint)
+        if about.get("key") == key.hexdigest():
+            r, losses = kept, about["losses"]
+    first = len(losses)
+    bar = tqdm(range(first, steps), desc=progress, initial=first, total=steps, mininterval=2)
     try:
         for t in bar:
             leaf = r.float().to(device).requires_grad_()
@@ -69,10 +83,15 @@ def refine(
             (gradient,) = torch.autograd.grad(loss, leaf)
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-            r = step(r, gradient.double().cpu(), length * (1 - t / steps))
+            # contiguous, as what is read back: products of another layout round otherwise
+            r = step(r, gradient.double().cpu(), length * (1 - t / steps)).contiguous()
+            if checkpoint and (t + 1) % every == 0 and t + 1 < steps:
+                rotations.save(checkpoint, r, {"key": key.hexdigest(), "losses": losses})
     finally:
         for p in wanted:
             p.requires_grad_(True)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
     return rotations.check(r, len(r)), losses
 
 

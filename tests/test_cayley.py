@@ -63,6 +63,38 @@ def test_rounding_passes_the_gradient_on():
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
 
 
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    model, tokens = models.fold_gains(models.tiny("llama")), random_tokens(0, (3, 24))
+    start, file = rotations.random_orthogonal(64), tmp_path / "Cayley.checkpoint"
+    options = {"steps": 5, "checkpoint": file, "every": 2}
+    wanted = cayley.refine(model, tokens, start, QuantSpec(), steps=5)
+    real, made = cayley.step, []
+
+    def step(*args):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(cayley, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        cayley.refine(model, tokens, start, QuantSpec(), **options)
+    assert file.exists()
+    made[:] = [0] * 10
+    r, losses = cayley.refine(model, tokens, start, QuantSpec(), **options)
+    assert torch.equal(r, wanted[0]) and losses == wanted[1]
+    assert len(made) == 10 + 3 and not file.exists()
+
+
+def test_the_state_of_other_settings_is_not_taken_up(tmp_path):
+    model, tokens = models.fold_gains(models.tiny("llama")), random_tokens(0, (3, 24))
+    start, file = rotations.random_orthogonal(64), tmp_path / "Cayley.checkpoint"
+    wanted = cayley.refine(model, tokens, start, QuantSpec(), steps=3)
+    rotations.save(file, haar(64), {"key": "another", "losses": [0.0]})
+    r, losses = cayley.refine(model, tokens, start, QuantSpec(), steps=3, checkpoint=file)
+    assert torch.equal(r, wanted[0]) and losses == wanted[1]
+
+
 def test_a_start_that_does_not_fit():
     model = models.fold_gains(models.tiny("llama"))
     with pytest.raises(rotations.RotationError, match="start is"):

@@ -113,8 +113,10 @@ def test_the_task_loss_reference_is_made_once(lab, monkeypatch):
     assert rows[0]["tokens"] == 32 and len(rows[0]["losses"]) == 2 and rows[0]["cost"] > 0
 
 
-def test_prefix_rows(lab):
+def test_prefix_rows(lab, monkeypatch):
     found = study.by_prefix(lab, {"RH": "RH"}, 0, slice(1, 2))
+    monkeypatch.setattr(study.prefix, "perplexity", lambda *_: pytest.fail("measured again"))
+    assert study.by_prefix(lab, {"RH": "RH"}, 0, slice(1, 2)) == found
     assert found["prefix"] and found["rows"][0]["rotation"] == "RH"
     assert found["rows"][0]["plain"] != found["rows"][0]["prefixed"]
 

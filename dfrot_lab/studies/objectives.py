@@ -20,6 +20,7 @@ from dfrot_lab import (
     owners,
     prefix,
     quantized_model,
+    results,
     rotations,
 )
 from dfrot_lab import objectives as interface
@@ -193,8 +194,9 @@ def by_task_loss(
         known = rotations.load(path)[1] if path.exists() else {}
         if {k: known.get(k) for k in about} != about:
             r, losses = cayley.refine(
-                lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name
-            )
+                lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name,
+                checkpoint=path.with_suffix(".checkpoint"),
+            )  # fmt: skip
             rotations.save(path, r, about | {"losses": losses})
         losses = rotations.load(path)[1]["losses"]
         row = {"start": name, "steps": steps, "tokens": steps * length, "losses": losses}
@@ -222,12 +224,17 @@ def by_prefix(lab: Lab, names: dict[str, str], seed: int, which: slice) -> dict[
     first = lab.tokenizer.bos_token_id
     ahead = prefix.choose(lab.activations, lab.calibration_tokens, first, QuantSpec())
     tokens, out = lab.evaluation_tokens(which.stop)[which], []
-    spec = ModelSpec.of("16-4-16")
+    spec, code = ModelSpec.of("16-4-16"), results.code_digest("dfrot_lab.prefix")
     for label, name in tqdm(names.items(), desc="prefix", unit="row"):
-        rotation = Rotations.standard(lab.lm, lab.rotation(name, seed))
-        plain = _measured(lab, name, seed, which)["ppl"]
-        found = prefix.perplexity(lab.quantized(name, seed), rotation, spec, ahead, tokens)
-        out.append({"rotation": label, "plain": plain, "prefixed": found.value})
+        plain = _measured(lab, name, seed, which)
+        digest = _digest(name, seed, which.start, plain["nll"], ahead, code)
+        path = Path(lab.folder) / "measurements" / f"prefix-{digest}.json"
+        if not path.exists():
+            rotation = Rotations.standard(lab.lm, lab.rotation(name, seed))
+            found = prefix.perplexity(lab.quantized(name, seed), rotation, spec, ahead, tokens)
+            files.write_json(path, {"ppl": found.value})
+        prefixed = float(files.read_json(path)["ppl"])
+        out.append({"rotation": label, "plain": plain["ppl"], "prefixed": prefixed})
     return {"prefix": [lab.tokenizer.decode([t]) for t in ahead], "rows": out}
 
 
