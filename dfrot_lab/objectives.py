@@ -4,9 +4,10 @@
 
 Each step maximizes Σ w²⟨xR, G⟩ over rotations. Where G is the nearest point of a set (DFRot's int4
 centroids, the corners of a cube) that is alternating projection. Where G = cY − ∇f(Y) with c so large that
-c|y|²/2 − f is convex, it is a minorize-maximize step: f never rises, since ‖xR‖ does not change.
-Whip, kurtosis and soft peak are of this kind. Their papers minimize them by other means (QR-Orth, Cayley);
-here only the objective differs, so that they stand on equal terms.
+c|y|²/2 − f is convex, it is a minorize-maximize step: f never rises, since ‖xR‖ does not change. Whip has
+such a c; kurtosis and soft peak take theirs from the row as it is, enough where its peak does not grow: no
+proof. Their papers minimize them by other means (QR-Orth, Cayley); here only the objective differs, so that
+they stand on equal terms.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Presets: named ways to refine R1, all of which cost nothing at inference.
 
-`dfrot` is the method as published (Section 3.4: int4 centroids, γ = 100, plain steps, one calibration
-window); `recommended` what notebook 09 found best: kurtosis instead of centroids, eight windows, and a
-hundred steps whatever the profile has, since this objective is slower to settle.
+`dfrot` is the published method (Section 3.4: int4 centroids, γ = 100, plain steps, one calibration window)
+with the steps and rows of the profile. `recommended` has kurtosis, the first of notebook 09's ranking at
+16-4-16; its eight windows and hundred steps, whatever the profile has, are set by hand, since this objective
+is slower to settle.
 """
 
 from __future__ import annotations

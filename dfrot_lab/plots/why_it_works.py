@@ -234,7 +234,7 @@ def hadamard_wins(result: dict[str, Any]) -> Figure:
     ax = fig.add_subplot()
     span = style.limits([*breadth, limit], log=True)
     line = np.geomspace(max(span[0], 1), span[1], 200)
-    ax.plot(line, np.minimum(line / limit, 1), color=COLOUR["RH"], lw=1, zorder=3)
+    ax.plot(line, line / limit, color=COLOUR["RH"], lw=1, zorder=3)
     ax.axvline(limit, color=COLOUR["ink"], ls="--", lw=0.8, zorder=1)
     _points(ax, breadth, ratio, found["massive"])
     ax.set(xscale="log", xlim=span, ylim=(0, max(1.15, float(np.nanmax(ratio)) * 1.04)))

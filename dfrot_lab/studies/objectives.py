@@ -350,7 +350,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     bits = result["confirm"][0]["bits"]
     out = [
         Claim(
-            f"`recommended` is better than the published DFRot at {bits}, GPTQ",
+            f"`recommended` is better than DFRot's objective and γ (`dfrot`) at {bits}, GPTQ",
             "left open",
             f"{theirs['ppl']['mean']:.2f} ± {theirs['ppl']['sd']:.2f} → {ours['ppl']['mean']:.2f} ± "
             f"{ours['ppl']['sd']:.2f}; Δnll {gap['mean']:.4f} [{gap['low']:.4f}, {gap['high']:.4f}]",
@@ -366,7 +366,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             equal["ppl"]["mean"] - ours["ppl"]["mean"] > max(ours["ppl"]["sd"], equal["ppl"]["sd"]),
         ),
         Claim(
-            "`recommended` is better than the published DFRot at 16-4-16",
+            "`recommended` is better than DFRot's objective and γ (`dfrot`) at 16-4-16",
             "left open",
             f"{theirs['ppl_w16']['mean']:.2f} ± {theirs['ppl_w16']['sd']:.2f} → "
             f"{ours['ppl_w16']['mean']:.2f} ± {ours['ppl_w16']['sd']:.2f}; KL "
