@@ -313,12 +313,13 @@ class Artefacts:
         qr: bool = False,
         objective: str = "centroids",
         relax: float = 1.0,
+        stop: float = 0.0,
         iterations: int | None = None,
     ) -> Path:
         """The safetensors file of a refined R1, taken from artefacts/rotations or optimized now.
 
         form, gamma: see `dfrot.Weighting`; symmetric: the quantizer in the loop, as released; sites: how
-        many of the norm sites are used, evenly spaced (None: all); qr, objective, relax: see
+        many of the norm sites are used, evenly spaced (None: all); qr, objective, relax, stop: see
         `dfrot.optimize`; iterations: other than the lab's.
         """
         start = parse_rotation(name)[1]
@@ -337,13 +338,14 @@ class Artefacts:
         options |= ({"sites": sites} if sites else {}) | ({"qr": True} if qr else {})
         options |= {"objective": objective} if objective != "centroids" else {}
         options |= {"relax": str(relax)} if relax != 1 else {}
+        options |= {"stop": str(stop)} if stop else {}
         options |= {"solver": self.solver} if self.solver != "svd" else {}
         stem = rotation_stem(start, seed, gamma, form, symmetric)
         stem += (f"-sites{sites}" if sites else "") + ("-qr" if qr else "")
         stem += f"-{objective}" if objective != "centroids" else ""
-        stem += (f"-relax{relax:g}" if relax != 1 else "") + (
-            f"-{steps}steps" if iterations else ""
-        )
+        stem += f"-relax{relax:g}" if relax != 1 else ""
+        stem += f"-stop{stop:g}" if stop else ""
+        stem += f"-{steps}steps" if iterations else ""
         path = Path(self.folder) / "artefacts" / "rotations" / f"{stem}.safetensors"
         x = self.activations.spaced(sites) if sites else self.activations
         key = self._key(options | {"activations": x.metadata["key"]}, ROTATION_CODE)
@@ -353,7 +355,7 @@ class Artefacts:
             r, log = dfrot.optimize(
                 x, rotations.START[start](x.d, seed), spec, weighting,
                 iterations=steps, rows=self.rows, device=self.device, qr=qr,
-                objective=objective, solver=self.solver, relax=relax,
+                objective=objective, solver=self.solver, relax=relax, stop=stop,
                 checkpoint=path.with_suffix(".checkpoint"), progress=stem,
             )  # fmt: skip
             about = {"key": key, "log": asdict(log)} | options | self.about | self._owner.about

@@ -90,7 +90,7 @@ def optimize(
     Raises RotationError for a `start` of another size or not orthogonal, ActivationsError for NaN or Inf
     rows, ValueError for an unknown name or options that do not go together.
     """
-    _check(solver, sampling, relax, dtype, error_dtype, update, tf32, device)
+    _check(solver, sampling, relax, stop, dtype, error_dtype, update, tf32, device)
     objective = objectives.named(objective, spec) if isinstance(objective, str) else objective
     r = rotations.check(start.double(), x.d, "start").clone()
     x = x.on(device)
@@ -165,6 +165,7 @@ def _check(
     solver: str,
     sampling: str,
     relax: float,
+    stop: float,
     dtype: torch.dtype,
     error_dtype: torch.dtype | None,
     update: bool,
@@ -177,6 +178,8 @@ def _check(
             raise ValueError(f"{name} = {value!r}: use {' or '.join(map(repr, known))}")
     if not 0 < relax < 2:
         raise ValueError(f"relax = {relax}: use a number in (0, 2); 1 is the plain step")
+    if not 0 <= stop < 1:
+        raise ValueError(f"stop = {stop}: use a share in [0, 1), such as 0.001; 0 never stops")
     if dtype == torch.bfloat16 and solver != "fast":
         raise ValueError("dtype = bfloat16 is for solver 'fast': use float32 or float64")
     if error_dtype not in (None, dtype) and (error_dtype != torch.bfloat16 or solver != "fast"):

@@ -30,6 +30,7 @@ def rotation_file(
     symmetric: bool = False,
     objective: str = "centroids",
     relax: float = 1.0,
+    stop: float = 0.0,
     iterations: int | None = None,
 ) -> Path:
     """The safetensors file of R1 refined from that in file `start`; from artefacts/rotations or made now.
@@ -45,6 +46,7 @@ def rotation_file(
         "objective": objective, "relax": str(relax), "iterations": steps, "rows": lab.rows,
         "solver": lab.solver,
     }  # fmt: skip
+    options |= {"stop": str(stop)} if stop else {}
     code = (*ROTATION_CODE, "dfrot_lab.warm_starts")
     key = lab._key(options | {"activations": x.metadata["key"]}, code)
     stem = f"DFRot-from-{digest[:12]}-{key[:12]}"
@@ -54,7 +56,7 @@ def rotation_file(
             return path
         r, log = dfrot.optimize(
             x, begin, spec, weighting, iterations=steps, rows=lab.rows, objective=objective,
-            solver=lab.solver, relax=relax, device=lab.device, progress=stem,
+            solver=lab.solver, relax=relax, stop=stop, device=lab.device, progress=stem,
             checkpoint=path.with_suffix(".checkpoint"),
         )  # fmt: skip
         about = {"key": key, "log": asdict(log)} | options | lab.about

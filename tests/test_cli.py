@@ -12,8 +12,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from dfrot_lab import assets, batches, files, models, owners, profiles, rotations
+from dfrot_lab import assets, batches, files, models, objectives, owners, profiles, rotations
 from dfrot_lab.cli import app
+from dfrot_lab.cli.rotations import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +104,10 @@ def test_errors_are_one_line(arguments, message, smoke, tmp_path):
         ),
         (("--all", "--preset", "dfrot", "--seed", "0"), "--all settles --seed, --preset"),
         (("--preset", "best"), "'best' is not one of 'dfrot', 'recommended'"),
+        (("--relax", "2"), "2.0 is not in the range 0<x<2"),
+        (("--stop", "-0.1"), "-0.1 is not in the range 0<=x<1"),
+        (("--preset", "dfrot", "--objective", "whip"), "--preset settles --objective"),
+        (("--objective", "peak"), "'peak' is not one of 'centroids', 'least_squares', 'corners'"),
         (("--start", "RX"), "'RX' is not one of 'RH', 'RO', and no .safetensors file"),
         (
             ("--start", "R1.safetensors"),
@@ -127,6 +132,21 @@ def test_optimize_by_either_solver(smoke, tmp_path):
         assert about.get("solver", "svd") == solver
         ends[solver] = about["log"]["rotated"][-1]
     assert ends["fast"] == pytest.approx(ends["svd"], rel=1e-3)
+
+
+def test_optimize_for_another_objective_and_until_it_settles(smoke, tmp_path):
+    assert set(OBJECTIVES) == set(objectives.NAMES)
+    out, first = tmp_path / "R1.safetensors", tmp_path / "first.safetensors"
+    how = ("--objective", "kurtosis", "--relax", "1.6", "--stop", "0.9", "--iterations", "30")
+    done = invoke("optimize", *smoke, *how, "--out", out)
+    assert done.exit_code == 0, done.output
+    about = rotations.load(out)[1]
+    assert (about["objective"], about["relax"], about["stop"]) == ("kurtosis", "1.6", "0.9")
+    assert len(about["log"]["rotated"]) == 11  # after ten steps it has not lowered itself by 90 %
+    done = invoke("optimize", *smoke, "--start", out, *how, "--out", first)
+    assert done.exit_code == 0, done.output
+    about = rotations.load(first)[1]
+    assert (about["objective"], about["relax"], about["stop"]) == ("kurtosis", "1.6", "0.9")
 
 
 def test_optimize_from_a_file(smoke, tmp_path):

@@ -291,6 +291,12 @@ def test_a_relaxation_that_does_not_converge_is_refused(relax):
         optimize(rows(0), haar(12), QuantSpec(), Weighting(), relax=relax)
 
 
+@pytest.mark.parametrize("stop", [-0.1, 1.0, math.nan])
+def test_a_share_at_which_nothing_can_stop_is_refused(stop):
+    with pytest.raises(ValueError, match=rf"stop = {stop}: use a share in \[0, 1\)"):
+        optimize(rows(0), haar(12), QuantSpec(), Weighting(), stop=stop)
+
+
 def test_bf16_for_the_small_product_alone_leaves_the_step_as_it_is():
     """Codes are those of fp32; only XᵀE is shorter, and E is small."""
     x, start = rows(5, tokens=2000, d=64), haar(64, 5)

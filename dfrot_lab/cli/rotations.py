@@ -39,6 +39,9 @@ def collect(
         click.echo(f"{len(x.sites)} sites × {x.X.shape[1]} tokens × {x.d} channels")
 
 
+OBJECTIVES = ["centroids", "least_squares", "corners", "whip", "kurtosis", "soft_peak"]
+
+
 class _Start(click.ParamType):
     """RH, RO, or a .safetensors file that is there."""
 
@@ -66,12 +69,30 @@ class _Start(click.ParamType):
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
-    help="A named way to refine, instead of --gamma, --iterations, --form and --symmetric.",
+    help="A named way to refine, instead of --gamma and what is below, to --iterations.",
 )
 @click.option(
     "--form", type=click.Choice(["sum", "group_mean"]), default="sum", help="Of the loss."
 )
 @click.option("--symmetric", is_flag=True, help="The symmetric quantizer in the loop, as released.")
+@click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default="centroids",
+    help="What R1 is refined for (notebook 9).",
+)
+@click.option(
+    "--relax",
+    type=click.FloatRange(0, 2, min_open=True, max_open=True),
+    default=1.0,
+    help="ω of over-relaxed steps; 1.6 needs fewer.",
+)
+@click.option(
+    "--stop",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="End when ten steps lower the loss by a lesser share, such as 0.001.",
+)
 @click.option("--iterations", type=int, help="Override the profile's number.")
 @click.option(
     "--solver",
@@ -86,8 +107,8 @@ class _Start(click.ParamType):
 )
 @click.pass_context
 def optimize(
-    ctx, profile, model, corpus, every, start, gamma, seed, preset, form, symmetric, iterations,
-    solver, folder, out,
+    ctx, profile, model, corpus, every, start, gamma, seed, preset, form, symmetric, objective,
+    relax, stop, iterations, solver, folder, out,
 ) -> None:  # fmt: skip
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
     warm = start not in ("RH", "RO")
@@ -109,7 +130,8 @@ def optimize(
             if out:
                 files.write_json(out, made)
         return
-    how = {"gamma": gamma, "form": form, "symmetric": symmetric}
+    how = {"gamma": gamma, "form": form, "symmetric": symmetric, "objective": objective}
+    how |= {"relax": relax, "stop": stop}
     with kept_files.recording(lab.folder):
         if preset and warm:
             path = warm_starts.by_preset(lab, start, PRESETS[preset])
@@ -128,7 +150,7 @@ def _refuse(
     ctx: click.Context, every: bool, preset: str | None, warm: bool, out: Path | None
 ) -> None:
     """Options of `optimize` that contradict each other, told before any work."""
-    by_hand = ["gamma", "form", "symmetric"]
+    by_hand = ["gamma", "form", "symmetric", "objective", "relax", "stop"]
     settled = {"preset": [*by_hand, "iterations"]} if preset else {}
     settled |= {"start": ["seed"]} if warm else {}
     settled |= {"all": ["start", "seed", "preset", *by_hand]} if every else {}
