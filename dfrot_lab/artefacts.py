@@ -69,7 +69,8 @@ def rotation_stem(
     start: str, seed: int, gamma: float, form: str = "sum", symmetric: bool = False
 ) -> str:
     """File name, without suffix, of a refined rotation."""
-    return f"DFRot-{start}-gamma{gamma:g}-{form}-{'sym' if symmetric else 'asym'}-seed{seed}"
+    weight = f"{gamma:g}" if float(f"{gamma:g}") == gamma else repr(gamma)
+    return f"DFRot-{start}-gamma{weight}-{form}-{'sym' if symmetric else 'asym'}-seed{seed}"
 
 
 def parse_rotation(name: str) -> tuple[str, str | None]:
@@ -346,6 +347,7 @@ class Artefacts:
         stem += f"-relax{relax:g}" if relax != 1 else ""
         stem += f"-stop{stop:g}" if stop else ""
         stem += f"-{steps}steps" if iterations else ""
+        stem += f"-{self.solver}" if self.solver != "svd" else ""
         path = Path(self.folder) / "artefacts" / "rotations" / f"{stem}.safetensors"
         x = self.activations.spaced(sites) if sites else self.activations
         key = self._key(options | {"activations": x.metadata["key"]}, ROTATION_CODE)

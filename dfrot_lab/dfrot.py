@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
@@ -139,8 +139,10 @@ def optimize(
         # ‖W(XR⁺ − B)‖² = tr G + ‖WB‖² − 2⟨R⁺, M⟩ with ‖WB‖² = tr G − 2⟨R, XᵀW²E⟩ + ‖WE‖²
         log.rotated.append((2 * total - 2 * inner + error - 2 * (new * m).sum().item()) / total)
         r = torch.linalg.qr(new).Q if qr else new
-        bar.set_postfix(loss=f"{log.rotated[-1]:.5f}", refresh=False)
+        bar.set_postfix(loss=f"{log.quantized[-1]:.5f}", refresh=False)
         if _settled(log.quantized, stop):
+            bar.set_description(f"{progress}, settled", refresh=False)
+            bar.update()
             break
         if checkpoint and (t + 1) % every == 0 and t + 1 < iterations:
             _save_state(checkpoint, key.hexdigest(), log, r, objective, streamed.base)
@@ -241,7 +243,13 @@ def _resume(
     device: str,
 ) -> Tensor:
     """R of the checkpoint, its losses appended to `log`; `r` if it belongs to another optimisation."""
-    with safe_open(path, framework="pt") as f:
+    try:
+        opened = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise rotations.RotationError(
+            f"checkpoint {path} cannot be read: {error}; delete it, and the run starts anew"
+        ) from error
+    with opened as f:
         if (f.metadata() or {}).get("key") != key:
             return r
         log.quantized.extend(f.get_tensor("quantized").tolist())

@@ -44,6 +44,8 @@ __all__ = [
 
 TOLERANCE = 1e-10  # fp64 products of a few thousand terms stay below 1e-12; fp32 files do not
 
+SEEDS = 1 << 32  # torch's generator on a CPU takes the seed modulo this
+
 
 class RotationError(ValueError):
     """A matrix that is no rotation for this model; one line: what, which value, what to do."""
@@ -56,14 +58,19 @@ def identity(d: int, seed: int = 0) -> Tensor:
 
 def random_orthogonal(d: int, seed: int = 0) -> Tensor:
     """RO: Haar-distributed Q·diag(sign(diag T)) from the QR factors of a Gaussian, [d, d] fp64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     q, t = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
     return q * t.diagonal().sign()
 
 
+def _generator(seed: int) -> torch.Generator:
+    if not 0 <= seed < SEEDS:
+        raise RotationError(f"seed = {seed}: use a whole number from 0 to {SEEDS - 1}")
+    return torch.Generator().manual_seed(seed)
+
+
 def _signs(d: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (d,), generator=generator, dtype=torch.int64).double() * 2 - 1
+    return torch.randint(0, 2, (d,), generator=_generator(seed), dtype=torch.int64).double() * 2 - 1
 
 
 def random_hadamard(d: int, seed: int = 0) -> Tensor:

@@ -14,12 +14,13 @@ from dfrot_lab.quantizers import QuantSpec, squared_error
 
 __all__ = ["Weighting", "importance", "row_weights", "subsample"]
 
+MOST = 1e6  # γ² of a row among others: 12 of the 16 digits
 _RULES = {"floor": massive.is_massive, "published": massive.published_rule}
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """How massive rows count. gamma: γ ≥ 0, or inf for massive rows alone.
+    """How massive rows count. gamma: 0 ≤ γ ≤ 10⁶, or inf for massive rows alone.
 
     form "sum": Σ normal + γ² Σ massive, as released. form "group_mean": mean over normal rows + γ² ·
     mean over massive rows, as the paper writes it. rule: "floor" (`massive.is_massive`) or "published".
@@ -32,6 +33,11 @@ class Weighting:
     def __post_init__(self) -> None:
         if not self.gamma >= 0:
             raise ValueError(f"gamma = {self.gamma}: use a number ≥ 0, or inf")
+        if MOST < self.gamma < math.inf:
+            raise ValueError(
+                f"gamma = {self.gamma}: fp64 loses the other rows beside γ² = {self.gamma}², use {MOST:g} "
+                "at most, or inf for massive rows alone"
+            )
         if self.form not in ("sum", "group_mean"):
             raise ValueError(f"form = {self.form!r}: use 'sum' or 'group_mean'")
         if self.rule not in _RULES:

@@ -94,7 +94,7 @@ def test_errors_are_one_line(arguments, message, smoke, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--seed", "-1"), "-1 is not in the range x>=0"),
+        (("--seed", "-1"), "-1 is not in the range 0<=x<=4294967295"),
         (("--out", "R1.pt"), "--out R1.pt gets R1 as safetensors: give it the ending .safetensors"),
         (("--all", "--out", "R1.safetensors"), "gets names and hashes: give it the ending .json"),
         (("--preset", "dfrot", "--gamma", "100"), "--preset settles --gamma: leave one or"),
@@ -132,6 +132,29 @@ def test_optimize_by_either_solver(smoke, tmp_path):
         assert about.get("solver", "svd") == solver
         ends[solver] = about["log"]["rotated"][-1]
     assert ends["fast"] == pytest.approx(ends["svd"], rel=1e-3)
+
+
+def test_optimize_replaces_no_other_file(smoke, tmp_path):
+    out = tmp_path / "R1.safetensors"
+    for _ in range(2):  # the same again is no loss
+        done = invoke("optimize", *smoke, "--out", out)
+        assert done.exit_code == 0, done.output
+    before = out.read_bytes()
+    done = invoke("optimize", *smoke, "--gamma", 1, "--out", out)
+    assert done.exit_code == 1 and out.read_bytes() == before
+    said, kept = " ".join(done.output.split()).split("This R1 is kept as ")
+    assert "R1.safetensors exists and is another file: choose another name." in said
+    assert rotations.load(kept.replace(" ", ""), 64)[1]["gamma"] == "1.0"
+    note = tmp_path / "note.safetensors"
+    note.write_text("mine")
+    assert invoke("optimize", *smoke, "--out", note).exit_code == 1 and note.read_text() == "mine"
+
+
+def test_each_way_to_refine_has_a_file_of_its_own(smoke):
+    """Or a run would replace what an earlier one had told the path of."""
+    ways = ((), ("--iterations", 3), ("--solver", "fast"), ("--gamma", "100.0000001"))
+    found = [invoke("optimize", *smoke, *way).output.split()[-1] for way in ways]
+    assert len(set(found)) == 4 and all(Path(p).is_file() for p in found)
 
 
 def test_optimize_for_another_objective_and_until_it_settles(smoke, tmp_path):

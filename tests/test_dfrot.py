@@ -85,6 +85,7 @@ def test_published_rule_weighs_what_it_finds():
     [
         ({"gamma": -1.0}, r"gamma = -1\.0: use a number ≥ 0"),
         ({"gamma": math.nan}, "gamma = nan"),
+        ({"gamma": 1e20}, r"gamma = 1e\+20: fp64 loses .* use 1e\+06 at most, or inf"),
         ({"form": "mean"}, "form = 'mean': use 'sum' or 'group_mean'"),
         ({"rule": "l2"}, "rule = 'l2': use 'floor' or 'published'"),
     ],
@@ -635,6 +636,14 @@ OTHERWISE = {
     "share": 0.5, "solver": "svd", "objective": "whip", "stop": 0.5, "relax": 1.6,
     "sampling": "importance", "qr": True, "update": True, "error_dtype": torch.bfloat16,
 }  # fmt: skip
+
+
+def test_a_damaged_checkpoint_is_named(monkeypatch, tmp_path):
+    x, start, path = rows(10), haar(12, 1), tmp_path / "state.safetensors"
+    interrupted(monkeypatch, path, x, start, Weighting(), at=9, iterations=10)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(RotationError, match=r"state\.safetensors cannot be read: .*; delete it"):
+        optimize(x, start, QuantSpec(), Weighting(), checkpoint=path, iterations=10)
 
 
 @pytest.mark.parametrize(

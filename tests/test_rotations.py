@@ -31,6 +31,13 @@ def test_every_start_is_orthogonal_and_seeded(name, d, seed):
         assert not torch.equal(r, rotations.START[name](d, seed + 1))
 
 
+@pytest.mark.parametrize("seed", [-1, rotations.SEEDS])
+@pytest.mark.parametrize("name", ["RO", "RH"])
+def test_a_seed_that_the_generator_takes_for_another_is_refused(name, seed):
+    with pytest.raises(RotationError, match=f"seed = {seed}: use a whole number from 0"):
+        rotations.START[name](8, seed)
+
+
 def test_random_orthogonal_is_haar():
     """Under Haar measure (r₀₀ + 1)/2 is Beta((d−1)/2, (d−1)/2) and the trace has mean 0, variance 1."""
     d, many = 6, [rotations.random_orthogonal(6, s) for s in range(400)]

@@ -25,7 +25,7 @@ def _model(function):
 
 def _rotation(function):
     text = "NR (none), RO, RH, RH2, or a .safetensors file from `optimize` or `export rotation`."
-    kind = click.IntRange(min=0)
+    kind = options.SEED
     seed = click.option("--seed", type=kind, default=0, help="Of a rotation given by name.")
     r2 = click.option("--r2/--no-r2", default=True, help="Also R2, the values of every head.")
     return click.option("--rotation", required=True, help=text)(seed(r2(function)))
@@ -118,7 +118,7 @@ def _write(write, model, revision, rotation, seed, r2, out, **how) -> None:
 @click.option("--folder", type=_PATH, help="Where artefacts are kept.  [default: results/PROFILE]")
 @click.option("--start", type=click.Choice(["RH", "RO"]), default="RH")
 @click.option("--gamma", type=float, default=100.0, help="Weight of massive rows.")
-@click.option("--seed", type=int, default=0, help="Of the start.")
+@click.option("--seed", type=options.SEED, default=0, help="Of the start.")
 @click.option("--iterations", type=int, help="Override the profile's number.")
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), help="Instead of --gamma and --iterations."

@@ -12,6 +12,7 @@ from dfrot_lab import profiles
 from dfrot_lab.files import project_root
 
 __all__ = [
+    "SEED",
     "check",
     "folder",
     "home",
@@ -21,6 +22,8 @@ __all__ = [
     "quantizing",
     "weights",
 ]
+
+SEED = click.IntRange(0, (1 << 32) - 1)  # `rotations.SEEDS`
 
 
 def profile(function):
@@ -48,7 +51,7 @@ def weights(function):
     kinds = click.Choice(["rtn", "gptq", "gptq-shared"])
     method = click.option("--method", type=kinds, default="gptq-shared", help=text)
     bits = click.option("--bits", default="4-4-16", help="Weights-activations-KV cache.")
-    seed = click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the rotation.")
+    seed = click.option("--seed", type=SEED, default=0, help="Of the rotation.")
     return bits(method(seed(function)))
 
 

@@ -20,7 +20,7 @@ __all__ = ["by_share", "claims", "composed", "floor", "rule", "spikes", "tokens"
 SPECS = {"symmetric": QuantSpec(symmetric=True), "asymmetric": QuantSpec()}
 SIZES = (256, 576, 1024, 2048, 4096, 8192)
 PUBLISHED_D = 4096  # of LLaMA3-8B, whose token Figure 4 shows and whose size the thresholds hide
-SPIKES = 3  # entries of a real token that count as spikes: with more the prediction no longer moves
+SPIKES = 3  # entries of a real token that count as spikes
 
 
 # --- theory beside simulation ---------------------------------------------------------------------
