@@ -153,7 +153,7 @@ def test_optimize_replaces_no_other_file(smoke, tmp_path):
 def test_each_way_to_refine_has_a_file_of_its_own(smoke):
     """Or a run would replace what an earlier one had told the path of."""
     ways = ((), ("--iterations", 3), ("--solver", "fast"), ("--gamma", "100.0000001"))
-    found = [invoke("optimize", *smoke, *way).output.split()[-1] for way in ways]
+    found = [invoke("optimize", *smoke, *way).stdout.split()[-1] for way in ways]
     assert len(set(found)) == 4 and all(Path(p).is_file() for p in found)
 
 
