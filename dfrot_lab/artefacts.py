@@ -69,8 +69,12 @@ def rotation_stem(
     start: str, seed: int, gamma: float, form: str = "sum", symmetric: bool = False
 ) -> str:
     """File name, without suffix, of a refined rotation."""
-    weight = f"{gamma:g}" if float(f"{gamma:g}") == gamma else repr(gamma)
-    return f"DFRot-{start}-gamma{weight}-{form}-{'sym' if symmetric else 'asym'}-seed{seed}"
+    return f"DFRot-{start}-gamma{_told(gamma)}-{form}-{'sym' if symmetric else 'asym'}-seed{seed}"
+
+
+def _told(value: float) -> str:
+    """Short where that is exact: files of two values must not share a name."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def parse_rotation(name: str) -> tuple[str, str | None]:
@@ -326,6 +330,8 @@ class Artefacts:
         start = parse_rotation(name)[1]
         if start is None:
             raise LabError(f"rotation {name!r} is not refined: use DFRot(RH) or DFRot(RO)")
+        if iterations is not None and iterations < 1:
+            raise LabError(f"iterations = {iterations}: use a positive number")
         weighting, spec = dfrot.Weighting(gamma=gamma, form=form), QuantSpec(symmetric=symmetric)
         options = {
             "start": start,
@@ -344,9 +350,9 @@ class Artefacts:
         stem = rotation_stem(start, seed, gamma, form, symmetric)
         stem += (f"-sites{sites}" if sites else "") + ("-qr" if qr else "")
         stem += f"-{objective}" if objective != "centroids" else ""
-        stem += f"-relax{relax:g}" if relax != 1 else ""
-        stem += f"-stop{stop:g}" if stop else ""
-        stem += f"-{steps}steps" if iterations else ""
+        stem += f"-relax{_told(relax)}" if relax != 1 else ""
+        stem += f"-stop{_told(stop)}" if stop else ""
+        stem += f"-{steps}steps" if steps != self.iterations else ""
         stem += f"-{self.solver}" if self.solver != "svd" else ""
         path = Path(self.folder) / "artefacts" / "rotations" / f"{stem}.safetensors"
         x = self.activations.spaced(sites) if sites else self.activations

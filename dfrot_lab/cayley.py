@@ -49,6 +49,7 @@ def refine(
     steps: int,
     length: float = 0.03,
     checkpoint: str | Path | None = None,
+    whose: str = "",
     every: int = 4,
     progress: str = "Cayley",
 ) -> tuple[Tensor, list[float]]:
@@ -56,21 +57,22 @@ def refine(
 
     model: gain-folded, not rotated; left as it is. length: of the first step as a share of √d, falling
     linearly to nothing. checkpoint: R and losses, kept there every `every` steps and taken up again, to the
-    same bytes, after an interruption; the file goes when the run is through. Raises RotationError for a
-    `start` that does not fit, ValueError for NaN.
+    same bytes, after an interruption, if `whose` (what the model is) is the same; the file goes when the
+    run is through. Raises RotationError for a `start` that does not fit, ValueError for NaN.
     """
     r = rotations.check(start.double(), model.config.hidden_size, "start").clone()
-    device, losses = next(model.parameters()).device, []
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for p in wanted:
-        p.requires_grad_(False)
-    key = hashlib.sha256(f"{spec} {steps} {length}".encode() + r.numpy().tobytes())
+    losses: list[float] = []
+    key = hashlib.sha256(f"{spec} {steps} {length} {whose}".encode() + r.numpy().tobytes())
     key.update(tokens.cpu().numpy().tobytes())
     checkpoint = Path(checkpoint) if checkpoint else None
     if checkpoint and checkpoint.exists():
         kept, about = rotations.load(checkpoint)
         if about.get("key") == key.hexdigest():
             r, losses = kept, about["losses"]
+    device = next(model.parameters()).device
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
     first = len(losses)
     bar = tqdm(range(first, steps), desc=progress, initial=first, total=steps, mininterval=2)
     try:

@@ -142,7 +142,6 @@ def optimize(
         bar.set_postfix(loss=f"{log.quantized[-1]:.5f}", refresh=False)
         if _settled(log.quantized, stop):
             bar.set_description(f"{progress}, settled", refresh=False)
-            bar.update()
             break
         if checkpoint and (t + 1) % every == 0 and t + 1 < iterations:
             _save_state(checkpoint, key.hexdigest(), log, r, objective, streamed.base)

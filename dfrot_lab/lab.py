@@ -94,6 +94,7 @@ class Lab(Artefacts):
         if row["gamma"]:
             options |= {
                 "calibration": [self.calibration, self.calibration_seed, self.iterations, self.rows]
+                + ([self.solver] if self.solver != "svd" else [])
             }
         key = self._key(options, _CODE)
         path = Path(self.folder) / "measurements" / f"{key[:24]}.json"

@@ -84,8 +84,9 @@ def random_hadamard(d: int, seed: int = 0) -> Tensor:
 def composed_hadamard(d: int, seed: int = 0, times: int = 2) -> Tensor:
     """RH²: D₁·H·D₂·H, orthogonal and as cheap as RH, but without its structure; the falsification."""
     r = identity(d)
+    _generator(seed)  # refuses what RH refuses
     for i in range(times):
-        r = r @ random_hadamard(d, seed * 1000 + i)
+        r = r @ random_hadamard(d, (seed * 1000 + i) % SEEDS)
     return r
 
 

@@ -95,6 +95,29 @@ def test_the_state_of_other_settings_is_not_taken_up(tmp_path):
     assert torch.equal(r, wanted[0]) and losses == wanted[1]
 
 
+def test_the_state_of_another_model_is_not_taken_up(tmp_path, monkeypatch):
+    tokens, start = random_tokens(0, (3, 24)), rotations.random_orthogonal(64)
+    options, other = {"steps": 3, "every": 1}, models.fold_gains(models.tiny("llama", seed=1))
+    file, real = tmp_path / "Cayley.checkpoint", rotations.save
+    kept = []
+    monkeypatch.setattr(rotations, "save", lambda *a: kept.append(real(*a).read_bytes()))
+    model = models.fold_gains(models.tiny("llama"))
+    cayley.refine(model, tokens, start, QuantSpec(), checkpoint=file, whose="a", **options)
+    wanted = cayley.refine(other, tokens, start, QuantSpec(), **options)
+    file.write_bytes(kept[0])
+    found = cayley.refine(other, tokens, start, QuantSpec(), checkpoint=file, whose="b", **options)
+    assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
+
+
+def test_a_damaged_state_leaves_the_model_as_it_was(tmp_path):
+    model, file = models.fold_gains(models.tiny("llama")), tmp_path / "Cayley.checkpoint"
+    model.requires_grad_(True)
+    file.write_bytes(b"half")
+    with pytest.raises(rotations.RotationError, match="cannot be read"):
+        cayley.refine(model, random_tokens(), haar(64), QuantSpec(), steps=2, checkpoint=file)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_start_that_does_not_fit():
     model = models.fold_gains(models.tiny("llama"))
     with pytest.raises(rotations.RotationError, match="start is"):

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from dfrot_lab import assets, batches, files, models, objectives, owners, profiles, rotations
-from dfrot_lab.cli import app
+from dfrot_lab.cli import app, options
 from dfrot_lab.cli.rotations import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,6 @@ def test_optimize_writes_a_rotation_with_its_story(smoke, tmp_path):
     [
         (("optimize", "--model", "no such model"), "model 'no such model'"),
         (("optimize", "--gamma", "-1"), "gamma = -1"),
-        (("optimize", "--iterations", "0"), "iterations = 0"),
         (("collect", "--corpus", "nowhere.txt"), "nowhere.txt"),
         (("collect", "--model", "tiny:gemma"), "'gemma'"),
     ],
@@ -104,6 +103,7 @@ def test_errors_are_one_line(arguments, message, smoke, tmp_path):
         ),
         (("--all", "--preset", "dfrot", "--seed", "0"), "--all settles --seed, --preset"),
         (("--preset", "best"), "'best' is not one of 'dfrot', 'recommended'"),
+        (("--iterations", "0"), "0 is not in the range x>=1"),
         (("--relax", "2"), "2.0 is not in the range 0<x<2"),
         (("--stop", "-0.1"), "-0.1 is not in the range 0<=x<1"),
         (("--preset", "dfrot", "--objective", "whip"), "--preset settles --objective"),
@@ -153,8 +153,17 @@ def test_optimize_replaces_no_other_file(smoke, tmp_path):
 def test_each_way_to_refine_has_a_file_of_its_own(smoke):
     """Or a run would replace what an earlier one had told the path of."""
     ways = ((), ("--iterations", 3), ("--solver", "fast"), ("--gamma", "100.0000001"))
+    ways += (("--relax", "1.6"), ("--relax", "1.60000001"), ("--stop", "0.1"))
     found = [invoke("optimize", *smoke, *way).stdout.split()[-1] for way in ways]
-    assert len(set(found)) == 4 and all(Path(p).is_file() for p in found)
+    assert len(set(found)) == 7 and all(Path(p).is_file() for p in found)
+    same = invoke("optimize", *smoke, "--iterations", 4)  # the profile's number: the lab's own file
+    assert same.stdout.split()[-1] == found[0]
+    done = invoke(
+        "export", "rotation", *smoke, "--iterations", 5, "--out", smoke[-1] / "R.safetensors"
+    )
+    assert done.exit_code == 0, done.output
+    assert rotations.load(found[0])[1]["iterations"] == 4
+    assert options.SEED.max == rotations.SEEDS - 1
 
 
 def test_optimize_for_another_objective_and_until_it_settles(smoke, tmp_path):

@@ -32,10 +32,11 @@ def test_every_start_is_orthogonal_and_seeded(name, d, seed):
 
 
 @pytest.mark.parametrize("seed", [-1, rotations.SEEDS])
-@pytest.mark.parametrize("name", ["RO", "RH"])
+@pytest.mark.parametrize("name", ["RO", "RH", "RH2"])
 def test_a_seed_that_the_generator_takes_for_another_is_refused(name, seed):
     with pytest.raises(RotationError, match=f"seed = {seed}: use a whole number from 0"):
         rotations.START[name](8, seed)
+    rotations.START[name](8, rotations.SEEDS - 1)
 
 
 def test_random_orthogonal_is_haar():

@@ -119,7 +119,7 @@ def _write(write, model, revision, rotation, seed, r2, out, **how) -> None:
 @click.option("--start", type=click.Choice(["RH", "RO"]), default="RH")
 @click.option("--gamma", type=float, default=100.0, help="Weight of massive rows.")
 @click.option("--seed", type=options.SEED, default=0, help="Of the start.")
-@click.option("--iterations", type=int, help="Override the profile's number.")
+@click.option("--iterations", type=click.IntRange(min=1), help="Override the profile's number.")
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), help="Instead of --gamma and --iterations."
 )
@@ -143,7 +143,7 @@ def rotation(
     if out.exists():
         raise sources.ExportError(f"{out} exists: choose another file, or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    lab = options.lab(profile, folder, model=model, corpus=corpus, iterations=iterations)
+    lab = options.lab(profile, folder, model=model, corpus=corpus)
     with sources.opened(lab.model, revision, near=out.parent) as source:
         default = models.commit(lab.model)
         if revision and source.revision != default:
@@ -155,7 +155,7 @@ def rotation(
     if preset:
         path, lab = PRESETS[preset].rotation_file(lab, seed, start), PRESETS[preset].lab(lab)
     else:
-        path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma)
+        path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma, iterations=iterations)
     found = load(path, owner, d, size)
     about = {"preset": preset} if preset else {}
     about |= sources.short(found.about)

@@ -97,7 +97,7 @@ class _Start(click.ParamType):
     default=0.0,
     help="End when ten steps lower the loss by a lesser share, such as 0.001; 0 never.",
 )
-@click.option("--iterations", type=int, help="Override the profile's number.")
+@click.option("--iterations", type=click.IntRange(min=1), help="Override the profile's number.")
 @click.option(
     "--solver",
     type=click.Choice(["svd", "fast"]),
@@ -120,15 +120,16 @@ def optimize(
     from dfrot_lab import files, kept_files, rotations, warm_starts
 
     lab = options.lab(
-        profile, folder, model=model, corpus=corpus, iterations=iterations, solver=solver
-    )
+        profile, folder, model=model, corpus=corpus, solver=solver,
+        iterations=iterations if every else None,
+    )  # fmt: skip
     if every:
         settings, made = profiles.load(profile), {}
         common, shared = settings["common"], settings["rotations"]
         wanted = product(shared["starts"], common["seeds"], shared.get("gammas", [common["gamma"]]))
         with kept_files.recording(lab.folder):
             for kind, n, weight in wanted:
-                path = lab.rotation_file(f"DFRot({kind})", n, gamma=weight, iterations=iterations)
+                path = lab.rotation_file(f"DFRot({kind})", n, gamma=weight)
                 made[path.name] = files.sha256(path)
                 click.echo(path)
             if out:
@@ -147,11 +148,12 @@ def optimize(
             path = lab.rotation_file(f"DFRot({start})", seed, **how)
     if out:
         r, about = rotations.load(path)
-        if out.exists() and not _holds(out, r):
+        if not out.exists():
+            rotations.save(out, r, about)
+        elif not _holds(out, r):
             raise click.ClickException(
                 f"{out} exists and is another file: choose another name. This R1 is kept as {path}"
             )
-        rotations.save(out, r, about)
     click.echo(out or path)
 
 

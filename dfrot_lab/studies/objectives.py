@@ -50,6 +50,9 @@ __all__ = [
 ]
 
 GPTQ = "gptq-shared"
+PREFIX_CODE = tuple(
+    f"dfrot_lab.{name}" for name in ("prefix", "quantized_model", "linears", "evaluation")
+)
 AS_MUCH = "dfrot, windows and steps of recommended"
 LABELS = {
     "centroids": "int4 centroids (DFRot)",
@@ -195,7 +198,7 @@ def by_task_loss(
         if {k: known.get(k) for k in about} != about:
             r, losses = cayley.refine(
                 lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name,
-                checkpoint=path.with_suffix(".checkpoint"),
+                checkpoint=path.with_suffix(".checkpoint"), whose=json.dumps(about),
             )  # fmt: skip
             rotations.save(path, r, about | {"losses": losses})
         losses = rotations.load(path)[1]["losses"]
@@ -224,10 +227,10 @@ def by_prefix(lab: Lab, names: dict[str, str], seed: int, which: slice) -> dict[
     first = lab.tokenizer.bos_token_id
     ahead = prefix.choose(lab.activations, lab.calibration_tokens, first, QuantSpec())
     tokens, out = lab.evaluation_tokens(which.stop)[which], []
-    spec, code = ModelSpec.of("16-4-16"), results.code_digest("dfrot_lab.prefix")
+    spec, code = ModelSpec.of("16-4-16"), results.code_digest(*PREFIX_CODE)
     for label, name in tqdm(names.items(), desc="prefix", unit="row"):
         plain = _measured(lab, name, seed, which)
-        digest = _digest(name, seed, which.start, plain["nll"], ahead, code)
+        digest = _digest(name, seed, which.start, plain["nll"], ahead, code, lab.about)
         path = Path(lab.folder) / "measurements" / f"prefix-{digest}.json"
         if not path.exists():
             rotation = Rotations.standard(lab.lm, lab.rotation(name, seed))
