@@ -1,8 +1,7 @@
 """Does `recommended` beat the published DFRot where nothing was chosen? Evaluation windows 3 to 6.
 
     python -m benchmarks.recommended --out figures/recommended.json --page docs/optimiser.md
-    python -m benchmarks.recommended --pairs seeds --seeds 0,1,2,3,4,5 --no-gptq \
-        --methods "RH,dfrot,kurtosis γ = 10,recommended" \
+    python -m benchmarks.recommended --pairs seeds --methods "RH,dfrot,kurtosis γ = 10,recommended" \
         --out figures/recommended_seeds.json --page docs/optimiser.md
 
 Notebook 9 ranks objectives by evaluation windows 1 and 2 and confirms on 3 and 4. Here are four windows

@@ -94,7 +94,10 @@ def test_nothing_is_measured_twice(measured, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "pairs", "mark"),
-    [("recommended.json", "windows", recommended.MARK)],
+    [
+        ("recommended.json", "windows", recommended.MARK),
+        ("recommended_seeds.json", "seeds", recommended.SEEDS_MARK),
+    ],
 )
 def test_the_committed_numbers_are_those_of_the_page(name, pairs, mark):
     rows = files.read_json(ROOT / "figures" / name)["rows"]
