@@ -28,6 +28,7 @@ from dfrot_lab import (
     dfrot,
     files,
     hessians,
+    hub,
     models,
     owners,
     results,
@@ -127,13 +128,13 @@ class Artefacts:
     @cached_property
     def lm(self) -> nn.Module:
         """The floating-point model, gains folded."""
-        at = models.commit(self.model)  # the one that kept files are named by
+        at = hub.commit(self.model)  # the one that kept files are named by
         return models.load(self.model, revision=at, dtype=self.dtype, device=self.device)
 
     @cached_property
     def tokenizer(self):
         """The model's tokenizer."""
-        return models.load_tokenizer(self.model, revision=models.commit(self.model))
+        return models.load_tokenizer(self.model, revision=hub.commit(self.model))
 
     @cached_property
     def calibration_tokens(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dfrot_lab import assets, corpora, models, profiles
+from dfrot_lab import assets, corpora, hub, profiles
 
 __all__ = ["fetch", "named"]
 
@@ -47,7 +47,7 @@ def fetch(profile: str, progress: Callable[[str], Any] | None = None) -> dict[st
     assets.fetch(packaged, progress=progress) if packaged else {}
     found = {name: assets.ASSETS[name].sha256 for name in packaged}
     for model in lms:
-        if (commit := models.commit(model)) is not None:
+        if (commit := hub.commit(model)) is not None:
             from dfrot_lab.exports import sources
 
             say(f"{model}: {commit}")

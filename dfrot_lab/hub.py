@@ -1,16 +1,41 @@
-"""Hub: transformers without its chatter, and one plain line for what goes wrong when a model is fetched."""
+"""Hub: the commit of a model there, transformers without its chatter, and one plain line for what fails."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from dfrot_lab.architectures import ModelError
 
-__all__ = ["plain_errors", "quiet_transformers"]
+__all__ = ["commit", "on_hub", "plain_errors", "quiet_transformers", "snapshot"]
+
+
+def commit(model_id: str, revision: str | None = None) -> str | None:
+    """The commit that `revision` of `model_id` on the hub is; None for other models. Errors as `load`."""
+    return snapshot(model_id, revision).name if on_hub(model_id) else None
+
+
+@lru_cache  # one process, one commit; and the hub is asked once
+def snapshot(model_id: str, revision: str | None = None) -> Path:
+    """The folder of the hub's local cache for a commit of `model_id`, config.json there; errors as `load`.
+
+    With the hub out of reach: the commit that was fetched last.
+    """
+    transformers = quiet_transformers()
+    with plain_errors(model_id):
+        file = transformers.utils.cached_file(model_id, "config.json", revision=revision)
+        return Path(file).parent
+
+
+def on_hub(model_id: str) -> bool:
+    """Whether `model_id` has the form of an id on the hub, owner/name, and is no local path."""
+    path = Path(model_id)
+    local = path.suffix == ".gguf" or path.is_dir() or path.is_absolute()
+    return not local and not model_id.startswith((".", "tiny:")) and model_id.count("/") == 1
 
 
 def quiet_transformers():

@@ -6,6 +6,7 @@ next one takes up, and what one notebook has measured, another does not measure 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dfrot_lab.quantized_model import ModelSpec
 __all__ = ["Lab", "LabError", "parse_rotation", "rotation_stem"]
 
 METHODS = ("rtn", "gptq", "gptq-shared")
-_CODE = (
+CODE = (  # what a measurement rests on
     *MODEL_CODE,
     *ROTATION_CODE,
     "dfrot_lab.gptq",
@@ -96,7 +97,7 @@ class Lab(Artefacts):
                 "calibration": [self.calibration, self.calibration_seed, self.iterations, self.rows]
                 + ([self.solver] if self.solver != "svd" else [])
             }
-        key = self._key(options, _CODE)
+        key = self._key(options, CODE)
         path = Path(self.folder) / "measurements" / f"{key[:24]}.json"
         with self._locked(path):
             found = files.read_json(path) if path.exists() else {"nll": [], "kept": []}
@@ -108,6 +109,24 @@ class Lab(Artefacts):
         kept = [k for k in found["kept"] if k[0] < windows]
         measured = {"nll": nll, "ppl": evaluation.Perplexity(nll).value, "kept": kept}
         return row | {"windows": windows} | measured
+
+    def kept(
+        self,
+        kind: str,
+        options: dict[str, Any],
+        measure: Callable[[], dict],
+        code: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """What `measure` gives, from `folder`/measurements or measured now: by `options` and the code.
+
+        code: modules that it rests on besides those of a perplexity.
+        """
+        key = self._key(options, (*CODE, *code))
+        path = Path(self.folder) / "measurements" / f"{kind}-{key[:24]}.json"
+        with self._locked(path):
+            if not path.exists():
+                files.write_json(path, measure())
+            return files.read_json(path)
 
     def _spec(self, bits: str, keep: str, method: str, activations: dict) -> ModelSpec:
         if method not in METHODS:

@@ -6,14 +6,13 @@ Its parts by role, and the folding of its gains, are `dfrot_lab.architectures`; 
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dfrot_lab import assets, dequantized
+from dfrot_lab import assets, dequantized, hub
 from dfrot_lab.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -37,7 +36,6 @@ __all__ = [
     "ModelError",
     "architecture",
     "check_plain",
-    "commit",
     "fold_gains",
     "head",
     "identity",
@@ -48,9 +46,7 @@ __all__ = [
     "load_tokenizer",
     "norm_sites",
     "of_shape",
-    "on_hub",
     "preserve_norm_dtype",
-    "snapshot",
     "tiny",
 ]
 
@@ -93,34 +89,10 @@ def identity(model_id: str) -> str:
         return assets.ASSETS["smollm2"].sha256
     path = Path(model_id)
     if not path.exists():
-        found = commit(model_id)
+        found = hub.commit(model_id)
         return f"{model_id}@{found}" if found else model_id
     parts = sorted(path.iterdir()) if path.is_dir() else [path]
     return str([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts if p.is_file()])
-
-
-def commit(model_id: str, revision: str | None = None) -> str | None:
-    """The commit that `revision` of `model_id` on the hub is; None for other models. Errors as `load`."""
-    return snapshot(model_id, revision).name if on_hub(model_id) else None
-
-
-@lru_cache  # one process, one commit; and the hub is asked once
-def snapshot(model_id: str, revision: str | None = None) -> Path:
-    """The folder of the hub's local cache for a commit of `model_id`, config.json there; errors as `load`.
-
-    With the hub out of reach: the commit that was fetched last.
-    """
-    transformers = quiet_transformers()
-    with plain_errors(model_id):
-        file = transformers.utils.cached_file(model_id, "config.json", revision=revision)
-        return Path(file).parent
-
-
-def on_hub(model_id: str) -> bool:
-    """Whether `model_id` has the form of an id on the hub, owner/name, and is no local path."""
-    path = Path(model_id)
-    local = path.suffix == ".gguf" or path.is_dir() or path.is_absolute()
-    return not local and not model_id.startswith((".", "tiny:")) and model_id.count("/") == 1
 
 
 def check_plain(config: dict[str, Any], model_id: str) -> None:
@@ -195,7 +167,7 @@ def _source(model_id: str, revision: str | None) -> tuple[str, dict]:
         return str(dequantized.folder_of(path)), {}
     if path.is_dir():
         return str(path), {}
-    if not on_hub(model_id):
+    if not hub.on_hub(model_id):
         raise ModelError(
             f"model {model_id!r} is neither 'demo', 'tiny:…', a folder, a .gguf file nor a "
             "Hugging Face id of the form owner/name"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from dfrot_lab import assets, checkpoints, files, models
+from dfrot_lab import assets, checkpoints, files, hub, models
 from dfrot_lab.models import ModelError
 from dfrot_lab.rotations import RotationError
 
@@ -49,8 +49,8 @@ def of(model: str) -> Owner:
         with tempfile.TemporaryDirectory() as folder:
             models.load(model, fold=False).save_pretrained(folder)
             return Owner(model, None, fingerprint(folder))
-    if (revision := models.commit(model)) is not None:
-        folder = models.snapshot(model)
+    if (revision := hub.commit(model)) is not None:
+        folder = hub.snapshot(model)
     else:
         folder = Path(models.load_config(model).name_or_path)
         if model == "demo":

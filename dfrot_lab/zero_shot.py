@@ -19,7 +19,6 @@ from typing import Any
 from torch import nn
 
 from dfrot_lab import corpora, files
-from dfrot_lab import lab as lab_module
 from dfrot_lab.artefacts import parse_rotation
 from dfrot_lab.lab import Lab
 from dfrot_lab.models import ModelError
@@ -39,7 +38,7 @@ STOCK = {
     "mmlu": "acc",
 }
 FOLDER = Path(__file__).parent / "data" / "tasks"
-_CODE = (*lab_module._CODE, "dfrot_lab.text_tasks", "dfrot_lab.zero_shot")
+_CODE = ("dfrot_lab.text_tasks", "dfrot_lab.zero_shot")
 
 
 def check(tasks: list[str]) -> None:
@@ -201,16 +200,14 @@ def measure(
         options |= {
             "calibration": [lab.calibration, lab.calibration_seed, lab.iterations, lab.rows]
         }
-    key = lab._key(options, _CODE)
-    path = Path(lab.folder) / "measurements" / f"zero-shot-{key[:24]}.json"
-    with lab._locked(path):
-        if not path.exists():
-            model = lab.lm if name == "FP" else lab._built(name, seed, spec, method, gamma)
-            found = evaluate(
-                model, _tokenizer(lab), task, corpus=lab.corpus, items=items, batch=batch
-            )
-            files.write_json(path, row | found)
-        return with_means(files.read_json(path))
+
+    def found() -> dict[str, Any]:
+        model = lab.lm if name == "FP" else lab._built(name, seed, spec, method, gamma)
+        return row | evaluate(
+            model, _tokenizer(lab), task, corpus=lab.corpus, items=items, batch=batch
+        )
+
+    return with_means(lab.kept("zero-shot", options, found, _CODE))
 
 
 def with_means(found: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from conftest import byte_pairs, haar, logits, random_tokens, relative
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
+from dfrot_lab import hub as remote
 from dfrot_lab import models, owners, rotations
 from dfrot_lab.cli import app
 from dfrot_lab.exports import gguf, rotation_files, sources
@@ -179,16 +180,16 @@ def hub(tmp_path, monkeypatch):
 
     def move(commit):
         (repository / "refs" / "main").write_text(commit)
-        models.snapshot.cache_clear()  # as in a new process
+        remote.snapshot.cache_clear()  # as in a new process
 
     move(OLD)
     yield move
-    models.snapshot.cache_clear()
+    remote.snapshot.cache_clear()
 
 
 def test_a_model_on_the_hub_is_known_by_its_commit(hub):
     assert (
-        models.commit("owner/name") == OLD and models.identity("owner/name") == f"owner/name@{OLD}"
+        remote.commit("owner/name") == OLD and models.identity("owner/name") == f"owner/name@{OLD}"
     )
     old = owners.of("owner/name")
     assert (old.model, old.revision) == ("owner/name", OLD)
@@ -197,14 +198,14 @@ def test_a_model_on_the_hub_is_known_by_its_commit(hub):
     new = owners.of("owner/name")
     assert models.identity("owner/name") == f"owner/name@{NEW}" and new.revision == NEW
     assert new.fingerprint != old.fingerprint
-    assert models.commit("owner/name", OLD) == OLD
+    assert remote.commit("owner/name", OLD) == OLD
 
 
 def test_identities_of_other_models_stay(tmp_path, monkeypatch):
     def asked(*args):
         raise AssertionError(f"the hub was asked for {args}")
 
-    monkeypatch.setattr(models, "snapshot", asked)
+    monkeypatch.setattr(remote, "snapshot", asked)
     for name in ("tiny:llama", "no such model", "nowhere/model.gguf", "/nowhere", "./a/b"):
         assert models.identity(name) == name
     assert "model.gguf" not in models.identity("demo") and len(models.identity("demo")) == 64

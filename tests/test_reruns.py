@@ -177,7 +177,7 @@ def test_every_file_that_a_kept_value_is_keyed_by_is_watched(checkout):
         "activations": MODEL_CODE,
         "hessians": (*MODEL_CODE, "dfrot_lab.gptq", "dfrot_lab.hessians"),
         "rotations": ROTATION_CODE,
-    } | dict.fromkeys(NAMES, lab._CODE)
+    } | dict.fromkeys(NAMES, lab.CODE)
     known = imports.modules(ROOT)
     for job, code in keyed.items():
         assert {known[name].relative_to(ROOT).as_posix() for name in code} <= watched[job], job

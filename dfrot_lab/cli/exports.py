@@ -136,7 +136,7 @@ def rotation(
         raise click.UsageError(
             f"--preset settles --{', --'.join(by_hand)}: leave one or the other out"
         )
-    from dfrot_lab import checkpoints, models, rotations
+    from dfrot_lab import checkpoints, hub, rotations
     from dfrot_lab.exports import rotation_files, sources
     from dfrot_lab.rotation_files import load
 
@@ -145,7 +145,7 @@ def rotation(
     out.parent.mkdir(parents=True, exist_ok=True)
     lab = options.lab(profile, folder, model=model, corpus=corpus)
     with sources.opened(lab.model, revision, near=out.parent) as source:
-        default = models.commit(lab.model)
+        default = hub.commit(lab.model)
         if revision and source.revision != default:
             raise sources.ExportError(
                 f"revision = {revision!r} is {source.revision}, and R1 is refined on {default}: fetch that "

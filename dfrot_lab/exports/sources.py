@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot_lab import assets, checkpoints, files, models, rotation_files, rotations
+from dfrot_lab import assets, checkpoints, files, hub, models, rotation_files, rotations
 from dfrot_lab.exports import workplaces
 from dfrot_lab.owners import Owner, fingerprint
 from dfrot_lab.rotations import Rotations
@@ -105,14 +105,14 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
     where there is none and a quantized checkpoint, ModelError as `models.load`.
     """
     path = Path(model)
-    hub = not path.exists() and models.on_hub(model)
-    if revision and not hub:
+    remote = not path.exists() and hub.on_hub(model)
+    if revision and not remote:
         raise ExportError(
             f"revision = {revision!r}: only models on the hub have one, not {model!r}"
         )
     if path.is_dir():
         yield _checked(Source(path, model))
-    elif hub:
+    elif remote:
         yield _checked(from_hub(model, revision))
     else:
         gguf = assets.path("smollm2") if model == "demo" else path if path.is_file() else None
@@ -126,7 +126,7 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
 
 def from_hub(model: str, revision: str | None = None) -> Source:
     """A model of the hub in its local cache, downloaded where it is not there; ModelError as `load`."""
-    commit = models.commit(model, revision)  # says plainly what is wrong
+    commit = hub.commit(model, revision)  # says plainly what is wrong
     from huggingface_hub import snapshot_download
 
     kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

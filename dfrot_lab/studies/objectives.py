@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from dfrot_lab import (
     owners,
     prefix,
     quantized_model,
-    results,
     rotations,
 )
 from dfrot_lab import objectives as interface
@@ -50,9 +50,6 @@ __all__ = [
 ]
 
 GPTQ = "gptq-shared"
-PREFIX_CODE = tuple(
-    f"dfrot_lab.{name}" for name in ("prefix", "quantized_model", "linears", "evaluation")
-)
 AS_MUCH = "dfrot, windows and steps of recommended"
 LABELS = {
     "centroids": "int4 centroids (DFRot)",
@@ -166,16 +163,26 @@ def labelled(row: dict[str, Any]) -> str:
 
 def _kl(lab: Lab, file: str, seed: int, which: slice) -> float:
     """Mean KL to the floating-point model in nats a token, kept beside the perplexities."""
-    # the same losses, window by window, come from the same model
-    nll = _measured(lab, file, seed, which)["nll"]
-    path = Path(lab.folder) / "measurements" / f"kl-{_digest(file, seed, which.start, nll)}.json"
-    if path.exists():
-        return float(files.read_json(path)["kl"])
-    model = lab.quantized(file, seed)
-    tokens = lab.evaluation_tokens(which.stop)[which]
-    kl = [evaluation.window_kl(model, lab.lm, w) for w in tokens]
-    files.write_json(path, {"kl": statistics.fmean(kl)})
-    return statistics.fmean(kl)
+
+    def measure() -> dict[str, Any]:
+        model = lab.quantized(file, seed)
+        tokens = lab.evaluation_tokens(which.stop)[which]
+        return {"kl": statistics.fmean(evaluation.window_kl(model, lab.lm, w) for w in tokens)}
+
+    return float(_kept(lab, "kl", {"rotation": _which(file, seed)}, which, measure)["kl"])
+
+
+def _kept(
+    lab: Lab, kind: str, options: dict[str, Any], which: slice, measure: Callable[[], dict]
+) -> dict[str, Any]:
+    """What `measure` gives on the evaluation windows `which`, kept beside the perplexities."""
+    windows = {"windows": [which.start, which.stop]}
+    return lab.kept(kind, options | windows, measure, ["dfrot_lab.prefix"])
+
+
+def _which(name: str, seed: int) -> list[Any]:
+    """What tells a rotation from others: its name and seed, or what its file holds."""
+    return [files.sha256(name) if name.endswith(".safetensors") else name, seed]
 
 
 def by_task_loss(
@@ -227,17 +234,19 @@ def by_prefix(lab: Lab, names: dict[str, str], seed: int, which: slice) -> dict[
     first = lab.tokenizer.bos_token_id
     ahead = prefix.choose(lab.activations, lab.calibration_tokens, first, QuantSpec())
     tokens, out = lab.evaluation_tokens(which.stop)[which], []
-    spec, code = ModelSpec.of("16-4-16"), results.code_digest(*PREFIX_CODE)
+    spec = ModelSpec.of("16-4-16")
     for label, name in tqdm(names.items(), desc="prefix", unit="row"):
-        plain = _measured(lab, name, seed, which)
-        digest = _digest(name, seed, which.start, plain["nll"], ahead, code, lab.about)
-        path = Path(lab.folder) / "measurements" / f"prefix-{digest}.json"
-        if not path.exists():
+
+        def measure(name: str = name) -> dict[str, Any]:
             rotation = Rotations.standard(lab.lm, lab.rotation(name, seed))
-            found = prefix.perplexity(lab.quantized(name, seed), rotation, spec, ahead, tokens)
-            files.write_json(path, {"ppl": found.value})
-        prefixed = float(files.read_json(path)["ppl"])
-        out.append({"rotation": label, "plain": plain["ppl"], "prefixed": prefixed})
+            model = lab.quantized(name, seed)
+            return {"ppl": prefix.perplexity(model, rotation, spec, ahead, tokens).value}
+
+        plain = _measured(lab, name, seed, which)["ppl"]
+        found = _kept(
+            lab, "prefix", {"rotation": _which(name, seed), "ahead": ahead}, which, measure
+        )
+        out.append({"rotation": label, "plain": plain, "prefixed": float(found["ppl"])})
     return {"prefix": [lab.tokenizer.decode([t]) for t in ahead], "rows": out}
 
 
@@ -274,20 +283,14 @@ def by_values(
 
 def _values(lab: Lab, rotation: Rotations, spec: ModelSpec, which: slice) -> dict[str, Any]:
     """Perplexity of the model with `rotation` merged, kept by what it is made of."""
-    about = [
-        rotation.R1.tolist(),
-        rotation.R2.tolist(),
-        str(spec),
-        which.start,
-        which.stop,
-        lab.about,
-    ]
-    path = Path(lab.folder) / "measurements" / f"values-{_digest(*about)}.json"
-    if not path.exists():
+
+    def measure() -> dict[str, Any]:
         model = quantized_model.build(lab.lm, rotation, spec)
         found = evaluation.perplexity(model, lab.evaluation_tokens(which.stop)[which])
-        files.write_json(path, {"ppl": found.value, "nll": found.nll})
-    found = files.read_json(path)
+        return {"ppl": found.value, "nll": found.nll}
+
+    made = _digest(rotation.R1.tolist(), rotation.R2.tolist())
+    found = _kept(lab, "values", {"rotation": made, "spec": str(spec)}, which, measure)
     return {"ppl": float(found["ppl"]), "nll": [float(v) for v in found["nll"]]}
 
 
