@@ -120,7 +120,7 @@ def _confirming(result: dict[str, Any]) -> str:
 def _aside(rows: list[dict[str, Any]], i: int) -> float:
     """A factor that sets methods of equal cost beside each other, in order."""
     equal = [k for k, r in enumerate(rows) if r["cost"] == rows[i]["cost"]]
-    return 1.3 ** (equal.index(i) - (len(equal) - 1) / 2)
+    return 1.15 ** (equal.index(i) - (len(equal) - 1) / 2)
 
 
 @figure(NOTEBOOK, _pareto_numbers)
@@ -134,6 +134,8 @@ def cost_and_quality(result: dict[str, Any]) -> Figure:
     handles = []
     kinds = {"ppl_w16": "perplexity", "kl_w16": "KL [nats a token]"}
     for ax, (key, title) in zip(axes, kinds.items(), strict=True):
+        for cost in sorted({r["cost"] for r in result["pareto"]} - {0}):
+            ax.axvline(cost, color="0.8", lw=0.8, zorder=0)
         for i, r in enumerate(result["pareto"]):
             x = (r["cost"] or least / 10) * _aside(result["pareto"], i)
             mark = {"RH": "o", "dfrot": "D", "recommended": "*"}.get(r["method"], "v^<>spX"[i % 7])
