@@ -171,7 +171,9 @@ def methods_table(result: dict[str, Any]) -> Table:
         for key in columns:
             form = ".4f" if key == "kl_w16" else ".2f"
             s = r.get(key)
-            cells.append(f"{_number(s['mean'], form)} ± {_number(s['sd'], form)}" if s else "")
+            cells.append(_number(s["mean"], form) if s else "")
+            if s and s["n"] > 1:
+                cells[-1] += f" ± {_number(s['sd'], form)}"
         rows.append(tuple(cells))
     header = ("method", "cost [TFLOP]", *columns.values())
     return Table("Objectives compared", header, tuple(rows), frozenset(range(1, len(header))))

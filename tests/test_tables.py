@@ -171,3 +171,18 @@ def test_saved_as_csv_latex_and_html(tmp_path):
 def test_latex_escapes_what_it_must():
     table = tables.Table("t", ("a & b", "50 %"), (("x_y", "#1"),))
     assert r"a \& b & 50 \% \\" in table.latex() and r"x\_y & \#1 \\" in table.latex()
+
+
+def test_a_method_of_one_seed_has_no_spread():
+    spread = {
+        "ppl_w16": {"mean": 33.4, "sd": 0.3, "n": 3},
+        "kl_w16": {"mean": 0.4, "sd": 0.01, "n": 3},
+    }
+    one = {
+        "ppl_w16": {"mean": 36.0, "sd": 0.0, "n": 1},
+        "kl_w16": {"mean": 0.46, "sd": 0.0, "n": 1},
+    }
+    rows = [{"method": "a", "cost": 1.0} | spread, {"method": "b", "cost": 2.0} | one]
+    made = tables.methods_table({"confirm": [{"bits": "4-4-16"}], "pareto": rows}).rows
+    assert made[0][3:5] == ("33.40 ± 0.30", "0.4000 ± 0.0100")
+    assert made[1][2:] == ("", "36.00", "0.4600", "")
