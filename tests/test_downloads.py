@@ -6,7 +6,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from dfrot_lab import assets, corpora, downloads, files, manifest, models
+from dfrot_lab import assets, corpora, downloads, files, hub, manifest
 from dfrot_lab.cli import app
 from dfrot_lab.exports import sources
 
@@ -26,9 +26,7 @@ def asked(monkeypatch):
     """What would be downloaded."""
     found = []
     monkeypatch.setattr(assets, "fetch", lambda names, **_: found.extend(names))
-    monkeypatch.setattr(
-        models, "commit", lambda m, r=None: "0123abcd" if m == "owner/name" else None
-    )
+    monkeypatch.setattr(hub, "commit", lambda m, r=None: "0123abcd" if m == "owner/name" else None)
 
     def from_hub(model):
         found.append(model)
