@@ -59,9 +59,9 @@ def measure(lab: Lab, method: str, seed: int, bits: str, weights: str, first: in
         name = str(Preset(objective="kurtosis", gamma=10.0).rotation_file(lab, seed))
     else:
         name = str(released(lab, seed))
-    found = lab.perplexity(name, seed, bits=bits, windows=last, method=weights)
+    found = lab.perplexity(name, seed, bits=bits, first=first - 1, windows=last, method=weights)
     row = {"rotation": method, "keep": "none", "seed": seed, "bits": bits, "weights": weights}
-    return row | {"nll": found["nll"][first - 1 :]}
+    return row | {"nll": found["nll"]}
 
 
 def markdown(rows: Sequence[dict[str, Any]], pairs: str = "windows") -> str:

@@ -139,8 +139,10 @@ class Bench:
             about |= owners.of(self.lab.model).about  # the lab takes no file that does not say it
             name = str(rotations.save(home / f"{way}-seed{seed}.safetensors", r, about))
         found["held"] = self.loss(r)
-        measured = self.lab.perplexity(name, seed, bits=self.plan.bits, windows=self.plan.last)
-        return found | {"nll": measured["nll"][self.plan.first - 1 :]}
+        measured = self.lab.perplexity(
+            name, seed, bits=self.plan.bits, first=self.plan.first - 1, windows=self.plan.last
+        )
+        return found | {"nll": measured["nll"]}
 
     def sampling(self, way: str, seed: int, draw: int) -> dict[str, Any]:
         """A share of the rows, drawn anew with each `draw`: as many steps as `fast` takes with all.

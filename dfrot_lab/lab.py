@@ -66,6 +66,7 @@ class Lab(Artefacts):
         bits: str = "16-4-16",
         keep: str = "none",
         windows: int = 4,
+        first: int = 0,
         gamma: float = 100.0,
         method: str = "rtn",
         **activations: Any,
@@ -73,16 +74,18 @@ class Lab(Artefacts):
         """One row of a table: {rotation, seed, bits, keep, gamma, method, ppl, nll, kept}.
 
         method: of the weights, where `bits` quantizes them: "rtn", "gptq" as published, or "gptq-shared",
-        from one set of floating-point Hessians. windows: 0 for the whole split. activations: per,
-        group_size, clip of `ModelSpec.of`.
+        from one set of floating-point Hessians. windows: 0 for the whole split; first: of them, those before
+        it are left out. activations: per, group_size, clip of `ModelSpec.of`.
         kept: [window, position, token, sites] of each token that bypassed quantization somewhere.
-        name "FP": the floating-point model. Kept in `folder`/measurements, window by window: more of
-        them are added to those that are there, and fewer are the first of them.
+        name "FP": the floating-point model. Kept in `folder`/measurements, window by window: those that are
+        there are not measured again, whichever they are.
         """
         file = name.endswith(".safetensors")
         if name != "FP" and not file:
             parse_rotation(name)
         windows = windows or len(self.evaluation_tokens(0))
+        if not 0 <= first < windows:
+            raise LabError(f"first = {first}: use 0 to {windows - 1}, there are {windows} windows")
         row = {"rotation": name, "seed": seed, "bits": bits, "keep": keep}
         row |= {"gamma": str(float(gamma)) if name.startswith("DFRot") else None}
         spec = self._spec(bits, keep, method, activations)
@@ -101,14 +104,15 @@ class Lab(Artefacts):
         path = Path(self.folder) / "measurements" / f"{key[:24]}.json"
         with self._locked(path):
             found = files.read_json(path) if path.exists() else {"nll": [], "kept": []}
-            if len(found["nll"]) < windows:
+            found["nll"] += [None] * (windows - len(found["nll"]))
+            if missing := [i for i in range(first, windows) if found["nll"][i] is None]:
                 model = self.lm if name == "FP" else self._built(name, seed, spec, method, gamma)
-                self._measure(model, windows, found)
+                self._measure(model, missing, found)
                 files.write_json(path, row | found)
-        nll = [float(v) for v in found["nll"][:windows]]
-        kept = [k for k in found["kept"] if k[0] < windows]
+        nll = [float(v) for v in found["nll"][first:windows]]
+        kept = [k for k in found["kept"] if first <= k[0] < windows]
         measured = {"nll": nll, "ppl": evaluation.Perplexity(nll).value, "kept": kept}
-        return row | {"windows": windows} | measured
+        return row | {"windows": windows - first} | measured
 
     def kept(
         self,
@@ -134,16 +138,17 @@ class Lab(Artefacts):
         kind = method.removesuffix("-shared")
         return ModelSpec.of(bits, keep=keep, clip_steps=self.clip_steps, method=kind, **activations)
 
-    def _measure(self, model: nn.Module, windows: int, found: dict[str, list]) -> None:
-        """Add to `found` what the windows behind those already in it give."""
-        tokens = self.evaluation_tokens(windows)
-        for i in range(len(found["nll"]), windows):
-            found["nll"].append(evaluation.window_nll(model, tokens[i]))
+    def _measure(self, model: nn.Module, missing: list[int], found: dict[str, list]) -> None:
+        """Put into `found` what the `missing` windows give, in order."""
+        tokens = self.evaluation_tokens(missing[-1] + 1)
+        for i in missing:
+            found["nll"][i] = evaluation.window_nll(model, tokens[i])
             for position, sites in (
                 quantized_model.drain_kept(model) if model is not self.lm else ()
             ):
                 word = self.tokenizer.decode([int(tokens[i, position])])
                 found["kept"].append([i, position, word, sites])
+        found["kept"].sort(key=lambda k: k[0])
 
     def _built(self, name, seed, spec, method, gamma) -> nn.Module:
         """The quantized model; rows that differ in activations or KV cache share the last one built."""

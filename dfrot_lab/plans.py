@@ -180,7 +180,7 @@ def _packed(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
 
 
 def _objectives(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
-    """Seconds of notebook 09, see `studies.objectives`: screening, GPTQ, task loss, prefix, values."""
+    """Seconds of notebook 09, see `studies.objectives` and `studies.alternatives`."""
     w, seeds = own["windows"], len(common["seeds"])
     new = own["confirm_windows"] or max(TEXT // common["seqlen"] - w, 1)
     screened = 2 * len(own["objectives"]) * len(own["gammas"])
@@ -190,8 +190,8 @@ def _objectives(own: dict[str, Any], t: Speed, common: dict[str, Any]) -> float:
     steps = 2 * seeds * 100 / common["iterations"]  # `recommended`, and `dfrot` with its steps
     models = (1 + 3 + best) * seeds  # RH besides; each with GPTQ and with W16
     passes = (screened + 2) * len(settings) * w + (3 + 2 * seeds) * new  # prefix, values
-    # perplexity of both kinds, of windows that ranked too, KL of two models, the second text
-    passes += models * (2 * (w + new) + 2 * new + bool(own["second"]) * w) + 2 * (w + new) + 2 * new
+    # perplexity of both kinds and KL of two models, the second text; the task loss's two models and KL
+    passes += models * (4 * new + bool(own["second"]) * w) + 4 * new
     # forward, and backward with respect to activations: three times a forward pass
     cayley = 3 * own["cayley_steps"] * own["cayley_length"] / common["seqlen"]
     rounded = sum(not b.startswith("16") for b in settings) * (screened + 2)

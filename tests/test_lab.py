@@ -25,19 +25,38 @@ def test_more_windows_are_added_and_fewer_are_the_first(lab, monkeypatch):
     measured = []
     plain = Lab._measure
 
-    def counted(self, model, windows, found):
-        measured.append(windows - len(found["nll"]))
-        plain(self, model, windows, found)
+    def counted(self, model, missing, found):
+        measured.append(missing)
+        plain(self, model, missing, found)
 
     monkeypatch.setattr(Lab, "_measure", counted)
     two = lab.perplexity("RO", 0, keep="massive", windows=2)
     three = lab.perplexity("RO", 0, keep="massive", windows=3)
     assert lab.perplexity("RO", 0, keep="massive", windows=2) == two
-    assert measured == [2, 1]
+    assert measured == [[0, 1], [2]]
     assert three["nll"][:2] == two["nll"] and len(three["nll"]) == 3
     assert [k for k in three["kept"] if k[0] < 2] == two["kept"] and three["kept"]
     alone = Lab(**SMALL, folder=lab.folder / "other")
     assert alone.perplexity("RO", 0, keep="massive", windows=3) == three
+
+
+def test_windows_before_the_first_are_not_measured(lab, monkeypatch):
+    measured = []
+    plain = Lab._measure
+    monkeypatch.setattr(
+        Lab, "_measure", lambda self, *a: (measured.append(a[1]), plain(self, *a))[1]
+    )
+    last = lab.perplexity("RO", 0, keep="massive", first=2, windows=4)
+    every = lab.perplexity("RO", 0, keep="massive", windows=4)
+    assert lab.perplexity("RO", 0, keep="massive", first=2, windows=4) == last
+    assert measured == [[2, 3], [0, 1]]
+    assert last["nll"] == every["nll"][2:] and last["windows"] == 2
+    assert last["kept"] == [k for k in every["kept"] if k[0] >= 2] != []
+    alone = Lab(**SMALL, folder=lab.folder / "other")
+    assert alone.perplexity("RO", 0, keep="massive", windows=4) == every
+    for first in (-1, 4):
+        with pytest.raises(LabError, match=f"first = {first}: use 0 to 3"):
+            lab.perplexity("RO", 0, keep="massive", first=first, windows=4)
 
 
 def test_no_windows_are_the_whole_split(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from dfrot_lab import presets
 from dfrot_lab.lab import Lab
 from dfrot_lab.presets import PRESETS, Preset
+from dfrot_lab.studies import alternatives, unseen
 from dfrot_lab.studies import objectives as study
 
 
@@ -56,11 +57,11 @@ def test_infinite_perplexities_rank_last():
 
 def test_windows_behind_those_that_rank(lab):
     there = len(lab.evaluation_tokens(0))
-    assert study.behind(lab, 2, 4) == slice(2, 6)
-    assert study.behind(lab, 2, 0) == slice(2, there)
+    assert unseen.behind(lab, 2, 4) == slice(2, 6)
+    assert unseen.behind(lab, 2, 0) == slice(2, there)
     for windows, count in ((0, 4), (0, 0), (there - 1, 0), (2, 1), (2, there - 1)):
         with pytest.raises(ValueError, match=f"windows = {windows}, confirm_windows = {count}: "):
-            study.behind(lab, windows, count)
+            unseen.behind(lab, windows, count)
 
 
 def test_confirmed_on_windows_behind_those_that_rank(lab, monkeypatch):
@@ -107,30 +108,33 @@ def test_presets_have_their_names():
 
 
 def test_the_task_loss_reference_is_made_once(lab, monkeypatch):
-    rows = study.by_task_loss(lab, ["RH"], 0, 2, 16, slice(1, 2))
-    monkeypatch.setattr(study.cayley, "refine", None)
-    assert study.by_task_loss(lab, ["RH"], 0, 2, 16, slice(1, 2)) == rows
+    rows = alternatives.by_task_loss(lab, ["RH"], 0, 2, 16, slice(1, 2))
+    monkeypatch.setattr(alternatives.cayley, "refine", None)
+    assert alternatives.by_task_loss(lab, ["RH"], 0, 2, 16, slice(1, 2)) == rows
     assert rows[0]["tokens"] == 32 and len(rows[0]["losses"]) == 2 and rows[0]["cost"] > 0
 
 
 def test_prefix_rows(lab, monkeypatch):
-    found = study.by_prefix(lab, {"RH": "RH"}, 0, slice(1, 2))
-    monkeypatch.setattr(study.prefix, "perplexity", lambda *_: pytest.fail("measured again"))
-    assert study.by_prefix(lab, {"RH": "RH"}, 0, slice(1, 2)) == found
-    assert found["prefix"] and found["rows"][0]["rotation"] == "RH"
+    quick = Preset(objective="kurtosis", windows=8, iterations=2)
+    monkeypatch.setitem(PRESETS, "recommended", quick)
+    found = alternatives.by_prefix(lab, 0, slice(1, 2))
+    monkeypatch.setattr(alternatives.prefix, "perplexity", lambda *_: pytest.fail("measured again"))
+    assert alternatives.by_prefix(lab, 0, slice(1, 2)) == found
+    assert found["prefix"]
+    assert [r["rotation"] for r in found["rows"]] == ["RH", "dfrot", "recommended"]
     assert found["rows"][0]["plain"] != found["rows"][0]["prefixed"]
 
 
 def test_values_refined_for_each_head(lab, monkeypatch):
     quick = Preset(objective="kurtosis", gamma=100.0, windows=8, iterations=2)
     monkeypatch.setitem(PRESETS, "recommended", quick)
-    rows = study.by_values(lab, ["centroids", "kurtosis"], [0, 1], slice(1, 2))
+    rows = alternatives.by_values(lab, ["centroids", "kurtosis"], [0, 1], slice(1, 2))
     assert [(r["values"], r["seed"]) for r in rows] == [
         (v, s) for s in (0, 1) for v in ("Hadamard", "centroids", "kurtosis")
     ]
     assert rows[1]["after"] < rows[1]["before"]
     assert len({r["ppl"] for r in rows}) == 6
-    monkeypatch.setattr(study.evaluation, "perplexity", None)  # all of it is kept
-    assert study.by_values(lab, ["centroids", "kurtosis"], [0, 1], slice(1, 2)) == rows
-    table = study.values_table({"values": rows})
+    monkeypatch.setattr(alternatives.evaluation, "perplexity", None)  # all of it is kept
+    assert alternatives.by_values(lab, ["centroids", "kurtosis"], [0, 1], slice(1, 2)) == rows
+    table = alternatives.values_table({"values": rows})
     assert len(table.rows) == 3 and "→" in table.rows[1][2]

@@ -103,7 +103,7 @@ def test_more_windows_seeds_and_slower_machines_take_longer(tmp_path):
     assert total(**{"09_objectives": {"gammas": [1.0]}}) < plain
     assert total(**{"09_objectives": {"second": ""}}) < plain
     assert total(**{"09_objectives": {"windows": 3}}) > plain
-    assert total(**{"09_objectives": {"confirm_windows": 3}}) > plain
+    assert total(**{"09_objectives": {"confirm_windows": 5}}) > plain
     assert total(**{"09_objectives": {"screen_bits": ["16-4-16"]}}) < plain
     assert total(**{"09_objectives": {"cayley_steps": 240}}) > plain
     assert total(**{"10_zero_shot": {"items": 1000}}) > plain
