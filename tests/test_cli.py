@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from dfrot_lab import assets, batches, files, models, objectives, owners, profiles, rotations
 from dfrot_lab.cli import app, options
-from dfrot_lab.cli.rotations import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,6 +106,7 @@ def test_errors_are_one_line(arguments, message, smoke, tmp_path):
         (("--relax", "2"), "2.0 is not in the range 0<x<2"),
         (("--stop", "-0.1"), "-0.1 is not in the range 0<=x<1"),
         (("--preset", "dfrot", "--objective", "whip"), "--preset settles --objective"),
+        (("--objective", "whip", "--symmetric"), "and --objective whip has none: leave one or"),
         (("--objective", "peak"), "'peak' is not one of 'centroids', 'least_squares', 'corners'"),
         (("--start", "RX"), "'RX' is not one of 'RH', 'RO', and no .safetensors file"),
         (
@@ -158,16 +158,19 @@ def test_each_way_to_refine_has_a_file_of_its_own(smoke):
     assert len(set(found)) == 7 and all(Path(p).is_file() for p in found)
     same = invoke("optimize", *smoke, "--iterations", 4)  # the profile's number: the lab's own file
     assert same.stdout.split()[-1] == found[0]
-    done = invoke(
-        "export", "rotation", *smoke, "--iterations", 5, "--out", smoke[-1] / "R.safetensors"
-    )
+    out = smoke[-1] / "R.safetensors"
+    how = ("--iterations", 5, "--objective", "kurtosis")
+    done = invoke("export", "rotation", *smoke, *how, "--out", out)
     assert done.exit_code == 0, done.output
+    assert rotations.load(out)[1]["objective"] == "kurtosis"
+    done = invoke("export", "rotation", *smoke, "--preset", "dfrot", *how[2:], "--out", out)
+    assert "--preset settles --objective" in done.output and done.exit_code == 2
     assert rotations.load(found[0])[1]["iterations"] == 4
     assert options.SEED.max == rotations.SEEDS - 1
 
 
 def test_optimize_for_another_objective_and_until_it_settles(smoke, tmp_path):
-    assert set(OBJECTIVES) == set(objectives.NAMES)
+    assert set(options.OBJECTIVES) == set(objectives.NAMES)
     out, first = tmp_path / "R1.safetensors", tmp_path / "first.safetensors"
     how = ("--objective", "kurtosis", "--relax", "1.6", "--stop", "0.9", "--iterations", "30")
     done = invoke("optimize", *smoke, *how, "--out", out)

@@ -119,18 +119,22 @@ def _write(write, model, revision, rotation, seed, r2, out, **how) -> None:
 @click.option("--start", type=click.Choice(["RH", "RO"]), default="RH")
 @click.option("--gamma", type=float, default=100.0, help="Weight of massive rows.")
 @click.option("--seed", type=options.SEED, default=0, help="Of the start.")
+@options.objective
 @click.option("--iterations", type=click.IntRange(min=1), help="Override the profile's number.")
 @click.option(
-    "--preset", type=click.Choice(list(PRESETS)), help="Instead of --gamma and --iterations."
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="Instead of --gamma, --objective and --iterations.",
 )
 @click.option("--r2/--no-r2", default=True, help="Also the Hadamard R2 of a head.")
 @_out(".safetensors file")
 @click.pass_context
 def rotation(
-    ctx, profile, model, revision, corpus, folder, start, gamma, seed, iterations, preset, r2, out
-) -> None:
+    ctx, profile, model, revision, corpus, folder, start, gamma, seed, objective, iterations, preset, r2,
+    out,
+) -> None:  # fmt: skip
     """R1 (and R2) alone, refined now or taken from FOLDER, with all that it was made for."""
-    by_hand = [n for n in ("gamma", "iterations")
+    by_hand = [n for n in ("gamma", "objective", "iterations")
                if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]  # fmt: skip
     if preset and by_hand:
         raise click.UsageError(
@@ -155,7 +159,8 @@ def rotation(
     if preset:
         path, lab = PRESETS[preset].rotation_file(lab, seed, start), PRESETS[preset].lab(lab)
     else:
-        path = lab.rotation_file(f"DFRot({start})", seed, gamma=gamma, iterations=iterations)
+        how = {"gamma": gamma, "objective": objective, "iterations": iterations}
+        path = lab.rotation_file(f"DFRot({start})", seed, **how)
     found = load(path, owner, d, size)
     about = {"preset": preset} if preset else {}
     about |= sources.short(found.about)

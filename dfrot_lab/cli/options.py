@@ -12,17 +12,20 @@ from dfrot_lab import profiles
 from dfrot_lab.files import project_root
 
 __all__ = [
+    "OBJECTIVES",
     "SEED",
     "check",
     "folder",
     "home",
     "lab",
     "model_and_corpus",
+    "objective",
     "profile",
     "quantizing",
     "weights",
 ]
 
+OBJECTIVES = ["centroids", "least_squares", "corners", "whip", "kurtosis", "soft_peak"]
 SEED = click.IntRange(0, (1 << 32) - 1)  # `rotations.SEEDS`
 
 
@@ -53,6 +56,13 @@ def weights(function):
     bits = click.option("--bits", default="4-4-16", help="Weights-activations-KV cache.")
     seed = click.option("--seed", type=SEED, default=0, help="Of the rotation.")
     return bits(method(seed(function)))
+
+
+def objective(function):
+    """--objective of a refined R1."""
+    text = "What R1 is refined for (notebook 9)."
+    kinds = click.Choice(OBJECTIVES)
+    return click.option("--objective", type=kinds, default="centroids", help=text)(function)
 
 
 def home(profile: str) -> Path:

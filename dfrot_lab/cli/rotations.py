@@ -43,7 +43,7 @@ def collect(
         click.echo(f"{len(x.sites)} sites × {x.X.shape[1]} tokens × {x.d} channels")
 
 
-OBJECTIVES = ["centroids", "least_squares", "corners", "whip", "kurtosis", "soft_peak"]
+QUANTIZED = ("centroids", "least_squares")  # objectives with the quantizer in the loop
 
 
 class _Start(click.ParamType):
@@ -79,12 +79,7 @@ class _Start(click.ParamType):
     "--form", type=click.Choice(["sum", "group_mean"]), default="sum", help="Of the loss."
 )
 @click.option("--symmetric", is_flag=True, help="The symmetric quantizer in the loop, as released.")
-@click.option(
-    "--objective",
-    type=click.Choice(OBJECTIVES),
-    default="centroids",
-    help="What R1 is refined for (notebook 9).",
-)
+@options.objective
 @click.option(
     "--relax",
     type=click.FloatRange(0, 2, min_open=True, max_open=True),
@@ -117,6 +112,11 @@ def optimize(
     """Refine R1 (DFRot); save it as safetensors with metadata. Resumes when interrupted."""
     warm = start not in ("RH", "RO")
     _refuse(ctx, every, preset, warm, out)
+    if symmetric and objective not in QUANTIZED:
+        raise click.UsageError(
+            f"--symmetric is of the quantizer in the loop, and --objective {objective} has none: leave one "
+            "or the other out"
+        )
     from dfrot_lab import files, kept_files, rotations, warm_starts
 
     lab = options.lab(
