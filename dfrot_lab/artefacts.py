@@ -36,9 +36,10 @@ from dfrot_lab import (
     rotations,
 )
 from dfrot_lab.quantizers import QuantSpec
+from dfrot_lab.refinements import LabError, Refinement, parse_rotation
 from dfrot_lab.rotations import Rotations
 
-__all__ = ["Artefacts", "LabError", "parse_rotation", "rotation_stem"]
+__all__ = ["Artefacts"]
 
 MODEL_CODE = (
     "dfrot_lab.architectures",
@@ -60,32 +61,6 @@ ROTATION_CODE = (
     "dfrot_lab.weighting",
     "dfrot_lab.dfrot",
 )
-
-
-class LabError(ValueError):
-    """A parameter that makes no sense; one line: what, which value, what to do."""
-
-
-def rotation_stem(
-    start: str, seed: int, gamma: float, form: str = "sum", symmetric: bool = False
-) -> str:
-    """File name, without suffix, of a refined rotation."""
-    return f"DFRot-{start}-gamma{_told(gamma)}-{form}-{'sym' if symmetric else 'asym'}-seed{seed}"
-
-
-def _told(value: float) -> str:
-    """Short where that is exact: files of two values must not share a name."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-
-
-def parse_rotation(name: str) -> tuple[str, str | None]:
-    """('DFRot', start) of 'DFRot(RH)' or 'DFRot(RO)', else (name, None); LabError if unknown."""
-    if name in rotations.START:
-        return name, None
-    if name in ("DFRot(RH)", "DFRot(RO)"):
-        return "DFRot", name[6:-1]
-    known = [*rotations.START, "DFRot(RH)", "DFRot(RO)"]
-    raise LabError(f"rotation {name!r} is unknown: use one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -307,64 +282,40 @@ class Artefacts:
         """The `dfrot.Log` of a refined rotation, as a dict."""
         return rotations.load(self.rotation_file(name, seed, **options))[1]["log"]
 
-    def rotation_file(
-        self,
-        name: str,
-        seed: int = 0,
-        *,
-        gamma: float = 100.0,
-        form: str = "sum",
-        symmetric: bool = False,
-        sites: int | None = None,
-        qr: bool = False,
-        objective: str = "centroids",
-        relax: float = 1.0,
-        stop: float = 0.0,
-        iterations: int | None = None,
-    ) -> Path:
+    def rotation_file(self, name: str, seed: int = 0, **how: Any) -> Path:
         """The safetensors file of a refined R1, taken from artefacts/rotations or optimized now.
 
-        form, gamma: see `dfrot.Weighting`; symmetric: the quantizer in the loop, as released; sites: how
-        many of the norm sites are used, evenly spaced (None: all); qr, objective, relax, stop: see
-        `dfrot.optimize`; iterations: other than the lab's.
+        name: DFRot(RH) or DFRot(RO); how: fields of `Refinement`, which has the published ones by default.
         """
-        start = parse_rotation(name)[1]
+        start, given = parse_rotation(name)[1], Refinement(**how)
         if start is None:
             raise LabError(f"rotation {name!r} is not refined: use DFRot(RH) or DFRot(RO)")
-        if iterations is not None and iterations < 1:
-            raise LabError(f"iterations = {iterations}: use a positive number")
-        weighting, spec = dfrot.Weighting(gamma=gamma, form=form), QuantSpec(symmetric=symmetric)
-        options = {
-            "start": start,
-            "seed": seed,
-            "gamma": str(float(gamma)),
-            "form": form,
-            "symmetric": symmetric,
-        }
-        steps = iterations or self.iterations
-        options |= {"iterations": steps, "rows": self.rows}
-        options |= ({"sites": sites} if sites else {}) | ({"qr": True} if qr else {})
-        options |= {"objective": objective} if objective != "centroids" else {}
-        options |= {"relax": str(relax)} if relax != 1 else {}
-        options |= {"stop": str(stop)} if stop else {}
+        begin, stem = rotations.START[start], given.stem(start, f"-seed{seed}")
+        options = {"start": start, "seed": seed}
+        return self.refined(begin(self.activations.d, seed), given, stem, options)
+
+    def refined(
+        self, begin: Tensor, given: Refinement, stem: str, options: dict, code: tuple[str, ...] = ()
+    ) -> Path:
+        """R1 refined from `begin` [d, d], as artefacts/rotations/`stem`… .safetensors.
+
+        options: what else its key depends on; code: modules besides those of every refinement.
+        """
+        steps = given.iterations or self.iterations
+        options = options | {"iterations": steps, "rows": self.rows} | given.options
         options |= {"solver": self.solver} if self.solver != "svd" else {}
-        stem = rotation_stem(start, seed, gamma, form, symmetric)
-        stem += (f"-sites{sites}" if sites else "") + ("-qr" if qr else "")
-        stem += f"-{objective}" if objective != "centroids" else ""
-        stem += f"-relax{_told(relax)}" if relax != 1 else ""
-        stem += f"-stop{_told(stop)}" if stop else ""
         stem += f"-{steps}steps" if steps != self.iterations else ""
         stem += f"-{self.solver}" if self.solver != "svd" else ""
         path = Path(self.folder) / "artefacts" / "rotations" / f"{stem}.safetensors"
-        x = self.activations.spaced(sites) if sites else self.activations
-        key = self._key(options | {"activations": x.metadata["key"]}, ROTATION_CODE)
+        x = self.activations.spaced(given.sites) if given.sites else self.activations
+        key = self._key(options | {"activations": x.metadata["key"]}, (*ROTATION_CODE, *code))
         with self._locked(path):
             if path.exists() and rotations.load(path)[1].get("key") == key:
                 return path
             r, log = dfrot.optimize(
-                x, rotations.START[start](x.d, seed), spec, weighting,
-                iterations=steps, rows=self.rows, device=self.device, qr=qr,
-                objective=objective, solver=self.solver, relax=relax, stop=stop,
+                x, begin, QuantSpec(symmetric=given.symmetric), given.weighting,
+                iterations=steps, rows=self.rows, device=self.device, qr=given.qr,
+                objective=given.objective, solver=self.solver, relax=given.relax, stop=given.stop,
                 checkpoint=path.with_suffix(".checkpoint"), progress=stem,
             )  # fmt: skip
             about = {"key": key, "log": asdict(log)} | options | self.about | self._owner.about

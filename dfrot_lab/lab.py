@@ -14,17 +14,11 @@ from typing import Any
 from torch import nn
 
 from dfrot_lab import evaluation, files, quantized_model
-from dfrot_lab.artefacts import (
-    MODEL_CODE,
-    ROTATION_CODE,
-    Artefacts,
-    LabError,
-    parse_rotation,
-    rotation_stem,
-)
+from dfrot_lab.artefacts import MODEL_CODE, ROTATION_CODE, Artefacts
 from dfrot_lab.quantized_model import ModelSpec
+from dfrot_lab.refinements import LabError, parse_rotation
 
-__all__ = ["Lab", "LabError", "parse_rotation", "rotation_stem"]
+__all__ = ["Lab", "LabError", "parse_rotation"]
 
 METHODS = ("rtn", "gptq", "gptq-shared")
 CODE = (  # what a measurement rests on
@@ -33,6 +27,7 @@ CODE = (  # what a measurement rests on
     "dfrot_lab.gptq",
     "dfrot_lab.hessians",
     "dfrot_lab.kv_cache",
+    "dfrot_lab.refinements",
     "dfrot_lab.artefacts",
     "dfrot_lab.lab",
     "dfrot_lab.quantizers",

@@ -144,12 +144,12 @@ def _corpus(value: str) -> None:
 
 
 def _rotation(value: str) -> None:
-    from dfrot_lab import artefacts, rotations
+    from dfrot_lab import refinements, rotations
 
     if value.endswith(".safetensors"):
         rotations.load(value)
     else:
-        artefacts.parse_rotation(value)
+        refinements.parse_rotation(value)
 
 
 def _site(value: str) -> None:

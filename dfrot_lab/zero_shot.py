@@ -19,9 +19,9 @@ from typing import Any
 from torch import nn
 
 from dfrot_lab import corpora, files
-from dfrot_lab.artefacts import parse_rotation
 from dfrot_lab.lab import Lab
 from dfrot_lab.models import ModelError
+from dfrot_lab.refinements import parse_rotation
 from dfrot_lab.text_tasks import TaskError
 
 __all__ = ["OFFLINE", "STOCK", "TaskError", "check", "evaluate", "measure", "with_means"]
