@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dfrot_lab import plots
-from dfrot_lab.plots.int4_kernels import TIMED
+from dfrot_lab.plots.int4_speed import TIMED
 
 __all__ = ["expected", "files_of", "keys", "stale", "timed"]
 

@@ -339,7 +339,7 @@ def test_where_nothing_was_measured_it_says_so(tmp_path, monkeypatch, capsys):
     tokens, weight, out = 4 * 64 + 4 * 8, 96 * 32 + 96 * 8, 4 * 96 * 4
     assert gate["gbs"] * gate["ms50"] * 1e6 == pytest.approx(tokens + weight + out)
     assert gate["tflops"] * gate["ms50"] * 1e9 == pytest.approx(2 * 4 * 96 * 64)
-    for name in plots.int4_kernels.TIMED:
+    for name in plots.int4_speed.TIMED:
         plots.draw(name, {"speed": found})
     written(tmp_path / int4_speed.COMMITTED)
     assert int4_speed.speed("cpu", (64, 96), tmp_path)["origin"] == "committed"
@@ -363,7 +363,7 @@ def test_ratios_are_of_equal_sizes_and_rates_of_counted_work():
     wanted = (0.1 + 1) / (0.05 + 2048 / 3000)
     assert f"{wanted:.2f} at M = 2,048" in told and "cuBLAS bf16" in told and "gemlite" not in told
     assert "W4A4 0.011 ms a token in prefill, 2.00 in decode" in told
-    points = plots.int4_kernels._points(speed)
+    points = plots.int4_speed._points(speed)
     turned = next(p for p in points if p[0] == "Hadamard + quantize")
     seconds, work = 2e-5, 2048 * 14336 * (5 + math.log2(14336))
     assert turned[3] == pytest.approx(work / seconds / 1e12)

@@ -15,13 +15,8 @@ from matplotlib.figure import Figure
 from dfrot_lab import files, results
 from dfrot_lab.plots import style
 from dfrot_lab.plots.gammas import gamma_sweep, gamma_sweep_w4a4
-from dfrot_lab.plots.int4_kernels import (
-    TIMED,
-    kernel_speed,
-    nibble_packing,
-    packed_memory,
-    roofline,
-)
+from dfrot_lab.plots.int4_kernels import nibble_packing, packed_memory
+from dfrot_lab.plots.int4_speed import TIMED, kernel_speed, roofline
 from dfrot_lab.plots.invariance import (
     logit_errors,
     magnitude_surfaces,
