@@ -115,7 +115,8 @@ CODE = {
     "rotations": imports.closure(ROOT, ["dfrot_lab.dfrot"]),
     "hessians": imports.closure(ROOT, ["dfrot_lab.activations", "dfrot_lab.corpora", "dfrot_lab.hessians"]),
 }
-CODE = {rule: [*files, "dfrot_lab/artefacts.py"] for rule, files in CODE.items()}  # it says when and with what
+# artefacts.py says when and with what, refinements.py how
+CODE = {rule: [*files, "dfrot_lab/artefacts.py", "dfrot_lab/refinements.py"] for rule, files in CODE.items()}
 # loaded by name, so that no import tells of it
 BY_NAME = {"07_int4_kernels": ["dfrot_kernels.triton_ops"]}
 DATA = [f"dfrot_lab/data/{name}" for name in ("paper.json", "captions.yml", "style.mplstyle")]
@@ -161,7 +162,7 @@ def keyed(values):
 def on_disk(values):
     """The files behind texts and models that are on this disk, a model's folder among them."""
     named = [values.get(n, []) for n in ("model", "corpus", "corpora", "second")]
-    paths = [Path(str(v)) for one in named for v in (one if isinstance(one, list) else [one])]
+    paths = [Path(str(v)).expanduser() for one in named for v in (one if isinstance(one, list) else [one])]
     folders = [p for p in paths if (p / "config.json").is_file()]
     found = {f for p in folders for f in p.iterdir() if f.is_file()} | {p for p in paths if p.is_file()}
     return sorted(map(str, found))

@@ -12,15 +12,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import records
-from dfrot_lab import kept_files, results
-from dfrot_lab.artefacts import MODEL_CODE, ROTATION_CODE
+from dfrot_lab import kept_files, lab, results
 from dfrot_lab.lab import Lab
 
 __all__ = ["check_windows", "measured"]
 
 Row = dict[str, Any]
-CODE = ("dfrot_lab.quantizers", "dfrot_lab.linears", "dfrot_lab.quantized_model")
-CODE += (*MODEL_CODE, *ROTATION_CODE, "dfrot_lab.evaluation")
+CODE = (*lab.CODE, "dfrot_lab.presets", "dfrot_lab.prefix", "dfrot_lab.studies.questions")
 
 
 def check_windows(first: int, last: int) -> None:
@@ -42,7 +40,9 @@ def measured(
     A row holds all that its job holds. ClickException where the file is of other settings, code or machine.
     """
     settings = settings | lab.about | {"code": results.code_digest(*CODE)}
-    settings |= {"calibration": [lab.calibration, lab.calibration_seed, lab.rows]}
+    asked = ("calibration", "calibration_seed", "rows", "iterations", "solver")
+    asked += ("clip_steps", "weight_windows")
+    settings |= {"lab": {name: getattr(lab, name) for name in asked}}
     try:
         kept = _opened(out, records.provenance(torch.device(lab.device), "torch"), settings)
     except records.ResumeError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,6 +29,7 @@ from dfrot_lab import (
     files,
     hessians,
     hub,
+    kept_files,
     models,
     owners,
     results,
@@ -53,6 +54,9 @@ MODEL_CODE = (
 ROTATION_CODE = (
     "dfrot_kernels.hadamard",
     "dfrot_kernels.reference",
+    "dfrot_kernels.backends",
+    "dfrot_kernels.error",
+    "dfrot_lab.quantizers",
     "dfrot_lab.massive",
     "dfrot_lab.objectives",
     "dfrot_lab.polar",
@@ -290,14 +294,19 @@ class Artefacts:
         start, given = parse_rotation(name)[1], Refinement(**how)
         if start is None:
             raise LabError(f"rotation {name!r} is not refined: use DFRot(RH) or DFRot(RO)")
-        begin, stem = rotations.START[start], given.stem(start, f"-seed{seed}")
-        options = {"start": start, "seed": seed}
-        return self.refined(begin(self.activations.d, seed), given, stem, options)
+        stem, options = given.stem(start, f"-seed{seed}"), {"start": start, "seed": seed}
+        begin = lambda: rotations.START[start](self.activations.d, seed)  # noqa: E731
+        return self.refined(begin, given, stem, options)
 
     def refined(
-        self, begin: Tensor, given: Refinement, stem: str, options: dict, code: tuple[str, ...] = ()
+        self,
+        begin: Callable[[], Tensor],
+        given: Refinement,
+        stem: str,
+        options: dict[str, Any],
+        code: tuple[str, ...] = (),
     ) -> Path:
-        """R1 refined from `begin` [d, d], as artefacts/rotations/`stem`… .safetensors.
+        """R1 refined from `begin()` [d, d], as artefacts/rotations/`stem`… .safetensors.
 
         options: what else its key depends on; code: modules besides those of every refinement.
         """
@@ -313,10 +322,10 @@ class Artefacts:
             if path.exists() and rotations.load(path)[1].get("key") == key:
                 return path
             r, log = dfrot.optimize(
-                x, begin, QuantSpec(symmetric=given.symmetric), given.weighting,
+                x, begin(), QuantSpec(symmetric=given.symmetric), given.weighting,
                 iterations=steps, rows=self.rows, device=self.device, qr=given.qr,
                 objective=given.objective, solver=self.solver, relax=given.relax, stop=given.stop,
-                checkpoint=path.with_suffix(".checkpoint"), progress=stem,
+                checkpoint=path.with_suffix(".checkpoint"), whose=key, progress=stem,
             )  # fmt: skip
             about = {"key": key, "log": asdict(log)} | options | self.about | self._owner.about
             return rotations.save(path, r, about)
@@ -335,6 +344,6 @@ class Artefacts:
         """Two notebooks that want the same value: one computes, the other waits and reads."""
         lock = Path(self.folder) / ".locks" / f"{path.name}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with FileLock(lock), kept_files.replacing(path):
             files.sweep(path)
             yield

@@ -128,7 +128,7 @@ def check(corpus: str) -> None:
 
 def identity(corpus: str) -> str:
     """What `corpus` names, for the keys of kept results: a text file's SHA-256, else the name."""
-    path = Path(corpus)
+    path = Path(corpus).expanduser()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else corpus
 
 

@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def optimize(
     tf32: bool = False,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
+    whose: str = "",
     every: int = 10,
     qr: bool = False,
     progress: str = "DFRot",
@@ -85,13 +87,17 @@ def optimize(
     root mean square (bf16: 0.3, TF32: 0.04); takes rows · d · 4 bytes (`products.Streamed`). tf32: let
     a GPU round the inputs of fp32 products to 10 bits, on its tensor cores. device: where to compute, and
     where rows stay if they take at most half of its free memory; R comes back to the CPU. checkpoint: state
-    saved there every `every` iterations and taken up again, to the same bytes, after an interruption; the
-    file goes when the run is through. qr: a QR after each SVD, as released; it flips signs of columns.
+    saved there every `every` iterations and taken up again, to the same bytes, after an interruption, if
+    `whose` (what else it rests on, such as the code) is the same; the file goes when the run is through.
+    qr: a QR after each SVD, as released; it flips signs of columns.
     Raises RotationError for a `start` of another size or not orthogonal, ActivationsError for NaN or Inf
     rows, ValueError for an unknown name or options that do not go together.
     """
     _check(solver, sampling, relax, stop, dtype, error_dtype, update, tf32, device)
-    objective = objectives.named(objective, spec) if isinstance(objective, str) else objective
+    # a copy: what it keeps of its rows belongs to one run
+    objective = deepcopy(
+        objectives.named(objective, spec) if isinstance(objective, str) else objective
+    )
     r = rotations.check(start.double(), x.d, "start").clone()
     x = x.on(device)
     weights, count = row_weights(x, spec, weighting)
@@ -115,7 +121,7 @@ def optimize(
         f" {error_dtype}" * (error_dtype is not None)
         + " update" * update
         + " tf32" * tf32
-        + f" {type(objective).__name__} {getattr(objective, 'beta', '')}"
+        + f" {type(objective).__name__} {getattr(objective, 'beta', '')} {whose}"
     )
     key = hashlib.sha256(settings.encode() + r.numpy().tobytes() + gram.cpu().numpy().tobytes())
     streamed = products.Streamed(error_dtype, gram if update else None)

@@ -7,12 +7,15 @@ import json
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 __all__ = ["atomic", "project_root", "read_json", "readable", "sha256", "sweep", "write_json"]
+
+_UMASK = threading.Lock()
 
 
 @contextmanager
@@ -49,8 +52,9 @@ def readable(path: Path) -> None:
     What mkstemp, mkdtemp and safetensors make is their owner's alone, which would lock out other users of a
     shared folder.
     """
-    umask = os.umask(0)
-    os.umask(umask)
+    with _UMASK:  # it is of the process, and can only be read by setting it
+        umask = os.umask(0)
+        os.umask(umask)
     for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
         each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
 

@@ -200,6 +200,7 @@ def hessian_of(inputs: Iterator[Tensor]) -> Tensor:
 
 def _fit(layer: models.Layer, linears: dict[str, nn.Linear], hessian: Tensor, spec, how) -> dict:
     # rows of W do not see each other: linears that share their input are quantized as one
+    hessian = hessian.to(layer.mlp_output.weight.device)
     w = torch.cat([linear.weight for linear in linears.values()])
     sizes = [linear.out_features for linear in linears.values()]
     parts, errors = quantize_weight(w, hessian, spec, how).split(sizes), {}

@@ -7,6 +7,8 @@ It is merged into v_proj and o_proj and costs nothing at inference.
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,6 +65,7 @@ def refine(
         )
     for g, one in enumerate(start):
         rotations.check(one, size, f"R2 of head {g}")
+    objective = deepcopy(objective)  # what it keeps of its rows belongs to one run
     r, losses = start.double().clone(), []
     whole = x.double().square().sum().item() or 1.0
     cut = x.unflatten(-1, (groups, -1, size))  # [tokens, groups, heads of a group, head_dim]

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from dfrot_lab import files, gptq, models, rotations
 from dfrot_lab.rotations import Rotations
 
-__all__ = ["Hessians", "collect"]
+__all__ = ["Hessians", "HessiansError", "collect"]
+
+
+class HessiansError(RuntimeError):
+    """Files that are no longer those that were opened; one line: which, why, what to do."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,18 @@ class Hessians:
     metadata: dict
 
     def of(self, rotation: Rotations) -> Callable[[int, str], Tensor]:
-        """(layer, name of a linear) → H [in, in] in fp64 of its inputs under `rotation`."""
+        """(layer, name of a linear) → H [in, in] in fp64 of its inputs under `rotation`.
+
+        HessiansError for files that another run has replaced meanwhile.
+        """
 
         def found(layer: int, name: str) -> Tensor:
             with safe_open(self.folder / f"layer-{layer:03d}.safetensors", framework="pt") as f:
+                if (f.metadata() or {}).get("key") != self.metadata.get("key"):
+                    raise HessiansError(
+                        f"{self.folder} holds other Hessians by now, of layer {layer} at least: another run "
+                        "with other parameters has replaced them; run again, in a folder of its own"
+                    )
                 h = f.get_tensor(_key(name)).double()
             for turn in self._turns(layer, name, rotation):
                 h = turn(turn(h).mT)  # T(x) = xM, so T(T(H)ᵀ) = MᵀHM
@@ -72,13 +84,14 @@ def collect(model: nn.Module, tokens: Tensor, folder: str | Path, about: dict) -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Tensor] = {}
+    whose = {"key": about["key"]} if "key" in about else None
 
     def keep(layer: models.Layer, linears: dict[str, nn.Linear], inputs: Iterator[Tensor]) -> None:
         name = next(iter(linears))
         found[_key(name)] = gptq.hessian_of(inputs).float().contiguous()
         if name == "mlp.down_proj":
             with files.atomic(folder / f"layer-{layer.index:03d}.safetensors") as partial:
-                partial.write_bytes(serialize(found))
+                partial.write_bytes(serialize(found, metadata=whose))
             found.clear()
 
     gptq.walk(model, tokens, keep)

@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows: jobs are recorded, and a batch, which needs it, does not start
     fcntl = None
 
-__all__ = ["MANIFEST", "check", "recording", "root", "verify", "wait_for_jobs"]
+__all__ = ["MANIFEST", "check", "recording", "replacing", "root", "verify", "wait_for_jobs"]
 
 MANIFEST = ".manifest.json"
 BATCH_LOCK = ".batch.lock"
@@ -143,6 +143,29 @@ def recording(folder: str | Path) -> Iterator[None]:
         finally:
             done.set()
             thread.join()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[None]:
+    """Record anew what of `path`, a file or a folder, had been recorded and is another file at the end.
+
+    So a notebook run by hand, which is no job that records, may add to a measurement; a batch takes what
+    changed without that for altered.
+    """
+    each = lambda: path.glob("*") if path.is_dir() else [path]  # noqa: E731
+    before = {p: p.stat().st_mtime_ns for p in each() if p.is_file()}
+    try:
+        yield
+    finally:
+        now = [p for p, at in before.items() if p.is_file() and p.stat().st_mtime_ns != at]
+        top = root(path.parent)
+        if now and (top / MANIFEST).exists():
+            with FileLock(top / ".manifest.lock"):
+                known, _ = _read(top)
+                names = {p.absolute().relative_to(top).as_posix(): p for p in now}
+                new = {n: _entry(p, p.stat()) for n, p in names.items() if n in known}
+                if new:
+                    files.write_json(top / MANIFEST, known | new)
 
 
 def wait_for_jobs(folder: Path, say: Callable[[str], Any]) -> None:

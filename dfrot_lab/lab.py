@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dfrot_lab import evaluation, files, quantized_model
+from dfrot_lab import evaluation, files, quantized_model, results
 from dfrot_lab.artefacts import MODEL_CODE, ROTATION_CODE, Artefacts
 from dfrot_lab.quantized_model import ModelSpec
 from dfrot_lab.refinements import LabError, parse_rotation
@@ -40,6 +40,10 @@ CODE = (  # what a measurement rests on
 @dataclass(frozen=True)
 class Lab(Artefacts):
     """The artefacts of a set of parameters (see `Artefacts`) and the quantized models made of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        results.code_digest(*CODE)  # as it is now
 
     def quantized(
         self,
@@ -75,27 +79,16 @@ class Lab(Artefacts):
         name "FP": the floating-point model. Kept in `folder`/measurements, window by window: those that are
         there are not measured again, whichever they are.
         """
-        file = name.endswith(".safetensors")
-        if name != "FP" and not file:
+        if name != "FP" and not name.endswith(".safetensors"):
             parse_rotation(name)
         windows = windows or len(self.evaluation_tokens(0))
         if not 0 <= first < windows:
             raise LabError(f"first = {first}: use 0 to {windows - 1}, there are {windows} windows")
         row = {"rotation": name, "seed": seed, "bits": bits, "keep": keep}
-        row |= {"gamma": str(float(gamma)) if name.startswith("DFRot") else None}
+        row |= {"gamma": str(float(gamma)) if name.startswith("DFRot(") else None}
         spec = self._spec(bits, keep, method, activations)
         row |= {"method": method if spec.weights else None} | activations
-        options = row | ({"file": files.sha256(name)} if file else {})
-        if spec.weights:
-            options["clip_steps"] = self.clip_steps
-        if spec.static or (spec.weights and method != "rtn"):
-            options["weight_windows"] = [self.weight_windows, self.calibration_seed]
-        if row["gamma"]:
-            options |= {
-                "calibration": [self.calibration, self.calibration_seed, self.iterations, self.rows]
-                + ([self.solver] if self.solver != "svd" else [])
-            }
-        key = self._key(options, CODE)
+        key = self._key(row | self.rests_on(name, spec, method), CODE)
         path = Path(self.folder) / "measurements" / f"{key[:24]}.json"
         with self._locked(path):
             found = files.read_json(path) if path.exists() else {"nll": [], "kept": []}
@@ -108,6 +101,20 @@ class Lab(Artefacts):
         kept = [k for k in found["kept"] if first <= k[0] < windows]
         measured = {"nll": nll, "ppl": evaluation.Perplexity(nll).value, "kept": kept}
         return row | {"windows": windows - first} | measured
+
+    def rests_on(self, name: str, spec: ModelSpec, method: str) -> dict[str, Any]:
+        """What the quantized model of a row rests on besides its own values, for the key of what is kept."""
+        out: dict[str, Any] = {}
+        if name.endswith(".safetensors"):
+            out["file"] = files.sha256(name)
+        if spec.weights:
+            out["clip_steps"] = self.clip_steps
+        if spec.static or (spec.weights and method != "rtn"):
+            out["weight_windows"] = [self.weight_windows, self.calibration_seed]
+        if name.startswith("DFRot("):
+            of = [self.calibration, self.calibration_seed, self.iterations, self.rows]
+            out["calibration"] = of + ([self.solver] if self.solver != "svd" else [])
+        return out
 
     def kept(
         self,
@@ -148,7 +155,9 @@ class Lab(Artefacts):
     def _built(self, name, seed, spec, method, gamma) -> nn.Module:
         """The quantized model; rows that differ in activations or KV cache share the last one built."""
         rotation = self.rotations(name, seed, gamma=gamma)
-        which = (name, seed, spec.weights, method if spec.weights else None, gamma)
+        # a file may hold another rotation by now
+        which = files.sha256(name) if name.endswith(".safetensors") else name
+        which = (which, seed, spec.weights, method if spec.weights else None, gamma)
         exact = spec.weights is not None and method == "gptq"
         tokens = self.weight_tokens if exact or spec.static else None
         if self._kept.get("which") == which:

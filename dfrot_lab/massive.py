@@ -1,10 +1,10 @@
 """Massive tokens: which rows carry massive activations, by a rule that knows no model and no scale.
 
 A random rotation spreads any row into Gaussian noise, so its relative 4-bit error has one value, the
-Gaussian floor ε(D). A row whose unrotated error is below that floor can only lose by being spread: that
-is our definition of a massive token. Half of all rows that are Gaussian to begin with are below their
-own mean error, and a rotation does nothing to those: so a massive row must be spikier than a Gaussian one
-too, by its kurtosis. The published rule is an L2 threshold, 8.5 or 9.5, for D = 4096.
+Gaussian floor ε(D). A row whose unrotated error is below that floor can only lose by being spread at
+random: that is our definition of a massive token. Half of all rows that are Gaussian to begin with are
+below their own mean error, and a rotation does nothing to those: so a massive row must be spikier than a
+Gaussian one too, by its kurtosis. The published rule is an L2 threshold, 8.5 or 9.5, for D = 4096.
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
     model_folders.check(found.get("model"))
     all_of_them = {name: default for name, (_, default) in known.items()} | found
     values.check_sites(*(all_of_them.get(name) for name in ("model", "site", "sites")))
+    cayley = "cayley_length"
+    values.check_length(cayley, *(all_of_them.get(name) for name in (cayley, "seqlen")))
     return found
 
 

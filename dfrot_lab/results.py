@@ -6,12 +6,15 @@ differs between two such runs, time and memory among it, goes to the second.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import platform
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,13 +95,16 @@ def rounded(values: Any, digits: int = 6) -> Any:
 
 def code_digest(*modules: str) -> str:
     """SHA-256 over the source of the named modules: results computed by other code are not reused."""
-    import hashlib
-    import importlib.util
-
     digest = hashlib.sha256()
     for name in modules:
-        digest.update(Path(importlib.util.find_spec(name).origin).read_bytes())
+        digest.update(_source(name))
     return digest.hexdigest()[:16]
+
+
+@cache
+def _source(module: str) -> bytes:
+    """As it was when first asked for: what this process runs, whatever is edited meanwhile."""
+    return Path(importlib.util.find_spec(module).origin).read_bytes()
 
 
 def provenance(parameters: dict[str, Any]) -> dict[str, Any]:

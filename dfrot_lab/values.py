@@ -12,7 +12,7 @@ from typing import Any
 
 from dfrot_lab.files import project_root, read_json
 
-__all__ = ["ParameterError", "check", "check_sites"]
+__all__ = ["ParameterError", "check", "check_length", "check_sites"]
 
 # decoder layers of what is known without a file: SmolLM2, pinned by its SHA-256, and `models.tiny`
 LAYERS = {"demo": 30, "tiny": 2}
@@ -61,6 +61,12 @@ def check_sites(model: str | None, site: str | None, sites: Iterable[int] | None
             )
 
 
+def check_length(name: str, length: int | None, seqlen: int | None) -> None:
+    """ParameterError for a length beyond the windows that pieces of it are cut from."""
+    if length is not None and seqlen is not None and not 1 <= length <= seqlen:
+        raise ParameterError(f"parameter {name} = {length}: use 1 to seqlen, which is {seqlen}")
+
+
 def _layers(model: str | None) -> int | None:
     """Decoder layers of `model`; None where they are not known without loading or asking the hub."""
     if model is None:
@@ -83,6 +89,18 @@ def _bits(value: str) -> None:
     from dfrot_lab.quantized_model import ModelSpec
 
     ModelSpec.of(str(value))
+
+
+def _two(value: int) -> None:
+    if value < 2:
+        raise ValueError(f"steps = {value}: use two points or more")
+
+
+def _weight_bits(value: str) -> None:
+    from dfrot_lab.quantized_model import ModelSpec
+
+    if ModelSpec.of(str(value)).weights is None:
+        raise ValueError(f"all_bits = {value!r} leaves weights as they are: use such as 4-4-16")
 
 
 def _activations(field: str) -> Callable[[Any], None]:
@@ -164,9 +182,11 @@ def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
 
 _TESTS: dict[str, Callable[[Any], None]] = {
     **dict.fromkeys(
-        ("bits", "final_bits", "side_bits", "gptq_bits", "all_bits", "static_bits", "screen_bits"),
+        ("bits", "final_bits", "side_bits", "gptq_bits", "static_bits", "screen_bits"),
         _bits,
     ),
+    "steps": _two,
+    "all_bits": _weight_bits,
     "abits": _activations("bits"),
     "clips": _activations("clip"),
     "objectives": _objective,

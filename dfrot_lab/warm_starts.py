@@ -27,7 +27,7 @@ def rotation_file(lab: Lab, start: str | Path, **how: Any) -> Path:
     """
     begin, given, digest = lab.rotation(str(start)), Refinement(**how), files.sha256(start)
     stem = given.stem(f"from-{digest[:12]}")
-    return lab.refined(begin, given, stem, {"start": digest}, ("dfrot_lab.warm_starts",))
+    return lab.refined(lambda: begin, given, stem, {"start": digest}, ("dfrot_lab.warm_starts",))
 
 
 def by_preset(lab: Lab, start: str | Path, preset: Preset) -> Path:

@@ -185,21 +185,13 @@ def measure(
         parse_rotation(name)
     spec = lab._spec("16-16-16" if name == "FP" else bits, "none", method, {})
     row = {"rotation": name, "seed": seed, "bits": "16-16-16" if name == "FP" else bits}
-    row |= {"gamma": str(float(gamma)) if name.startswith("DFRot") else None}
+    row |= {"gamma": str(float(gamma)) if name.startswith("DFRot(") else None}
     row |= {"method": method if spec.weights else None}
-    options = row | {"task": task, "items": items if task in OFFLINE else None, "batch": batch}
+    options = row | lab.rests_on(name, spec, method)
+    options |= {"task": task, "items": items if task in OFFLINE else None, "batch": batch}
     options |= {"lm_eval": _version()}
     if task in OFFLINE:
         options["yaml"] = files.sha256(FOLDER / f"{task}.yaml")
-    if name.endswith(".safetensors"):
-        options["file"] = files.sha256(name)
-    if spec.weights:
-        options |= {"clip_steps": lab.clip_steps}
-        options |= {"weight_windows": [lab.weight_windows, lab.calibration_seed]}
-    if row["gamma"]:
-        options |= {
-            "calibration": [lab.calibration, lab.calibration_seed, lab.iterations, lab.rows]
-        }
 
     def found() -> dict[str, Any]:
         model = lab.lm if name == "FP" else lab._built(name, seed, spec, method, gamma)

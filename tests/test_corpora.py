@@ -334,3 +334,11 @@ def test_the_demo_corpus_through_the_demo_tokenizer():
         assert tokens.shape == (40, 2048)
         # Text in, text out: no special token, nothing lost.
         assert corpora.text("demo", split).startswith(tokenizer.decode(tokens[0])[:2000])
+
+
+def test_a_text_under_the_home_folder_is_known_by_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.txt").write_text("one\n\ntwo\n")
+    before = corpora.identity("~/own.txt")
+    (tmp_path / "own.txt").write_text("one\n\nthree\n")
+    assert len(before) == 64 and corpora.identity("~/own.txt") != before

@@ -664,6 +664,7 @@ def test_a_damaged_checkpoint_is_named(monkeypatch, tmp_path):
         "qr",
         "update",
         "error_dtype",
+        "whose",
     ],
 )
 def test_a_checkpoint_of_another_optimisation_is_not_taken(monkeypatch, tmp_path, changed):

@@ -223,3 +223,13 @@ def test_hessians_cut_short_are_not_taken_for_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         hessians.collect(model, tokens, tmp_path / "h", {})
     assert sorted(p.name for p in (tmp_path / "h").iterdir()) == ["layer-000.safetensors"]
+
+
+def test_hessians_that_another_run_replaced_are_refused(tmp_path):
+    model = models.fold_gains(models.tiny("llama"))
+    tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    mine = hessians.collect(model, tokens, tmp_path, {"key": "mine"}).of(rotations.Rotations())
+    assert mine(1, "mlp.down_proj").shape == (96, 96)
+    hessians.collect(model, tokens.flip(1), tmp_path, {"key": "another"})
+    with pytest.raises(hessians.HessiansError, match="holds other Hessians by now, of layer 1"):
+        mine(1, "mlp.down_proj")

@@ -65,6 +65,13 @@ def test_every_objective_serves(name):
     assert max(rotations.orthogonality_error(one) for one in r) < 1e-12
 
 
+def test_what_an_objective_keeps_of_one_layer_is_not_of_the_next():
+    x, own = torch.stack([rows(60), rows(60, 1)]), named("least_squares", QuantSpec())
+    r2, _ = heads.refine_layers(x, stack(3), own, iterations=4)
+    alone, _ = heads.refine(x[1], stack(3), named("least_squares", QuantSpec()), iterations=4)
+    assert torch.equal(r2[1], alone) and own.grids == {}
+
+
 def test_layers_are_refined_alone_and_change_no_logit():
     model = models.fold_gains(models.tiny("llama"))
     tokens = random_tokens(2)

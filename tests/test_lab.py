@@ -2,7 +2,7 @@
 
 import pytest
 
-from dfrot_lab import rotations
+from dfrot_lab import kept_files, owners, rotations
 from dfrot_lab.lab import Lab, LabError, parse_rotation
 from dfrot_lab.rotations import RotationError
 
@@ -117,3 +117,31 @@ def test_unknown_rotation_lists_the_known_ones():
     with pytest.raises(LabError, match=r"DFRot\(RO\)"):
         parse_rotation("HR")
     assert parse_rotation("DFRot(RO)") == ("DFRot", "RO")
+
+
+def test_another_rotation_in_the_same_file_is_measured(lab, tmp_path):
+    """The model that was built last is not taken for it."""
+    path, found = tmp_path / "mine.safetensors", []
+    about = owners.of("tiny:llama").about
+    for seed in (0, 1):
+        rotations.save(path, rotations.random_orthogonal(64, seed), about)
+        found.append(lab.perplexity(str(path), windows=1)["ppl"])
+    alone = Lab(**SMALL, folder=tmp_path / "other").perplexity(str(path), windows=1)["ppl"]
+    assert found[1] == alone != found[0]
+
+
+def test_what_is_added_by_hand_is_not_taken_for_altered(lab):
+    """A notebook run by hand is no job that records."""
+    lab.perplexity("RH", 0, windows=1)
+    (lab.folder / kept_files.BATCH_LOCK).touch()
+    assert kept_files.verify(lab.folder) == []
+    two = Lab(**SMALL, folder=lab.folder).perplexity("RH", 0, windows=2)
+    assert kept_files.verify(lab.folder, thorough=True) == []
+    assert Lab(**SMALL, folder=lab.folder).perplexity("RH", 0, windows=2) == two
+
+
+def test_a_file_named_as_a_refined_rotation_is_not_one(lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    r = rotations.random_hadamard(64, 3)
+    rotations.save("DFRot-mine.safetensors", r, owners.of("tiny:llama").about)
+    assert lab.perplexity("DFRot-mine.safetensors", windows=1)["gamma"] is None

@@ -1,9 +1,11 @@
 """Study 09 on a tiny model: what ranks, what is compared, what is kept."""
 
+from dataclasses import replace
+
 import pytest
 
 from dfrot_lab import presets
-from dfrot_lab.lab import Lab
+from dfrot_lab.lab import Lab, LabError
 from dfrot_lab.presets import PRESETS, Preset
 from dfrot_lab.studies import alternatives, unseen
 from dfrot_lab.studies import objectives as study
@@ -112,6 +114,18 @@ def test_the_task_loss_reference_is_made_once(lab, monkeypatch):
     monkeypatch.setattr(alternatives.cayley, "refine", None)
     assert alternatives.by_task_loss(lab, ["RH"], 0, 2, 16, slice(1, 2)) == rows
     assert rows[0]["tokens"] == 32 and len(rows[0]["losses"]) == 2 and rows[0]["cost"] > 0
+
+
+def test_the_task_loss_reference_is_made_anew_for_another_text_or_code(lab, monkeypatch):
+    made, refine = [], alternatives.cayley.refine
+    monkeypatch.setattr(
+        alternatives.cayley, "refine", lambda *a, **k: (made.append(k["whose"]), refine(*a, **k))[1]
+    )
+    for other in (lab, replace(lab, calibration_seed=1), replace(lab, threads=lab.threads)):
+        alternatives.by_task_loss(other, ["RH"], 0, 2, 16, slice(1, 2))
+    assert len(made) == len(set(made[:2])) + 1 == 3  # the last: back to the first text
+    with pytest.raises(LabError, match=f"cayley_length = 1000: use 1 to seqlen, {lab.seqlen}"):
+        alternatives.by_task_loss(lab, ["RH"], 0, 2, 1000, slice(1, 2))
 
 
 def test_prefix_rows(lab, monkeypatch):

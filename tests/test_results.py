@@ -59,3 +59,12 @@ def test_code_digest_follows_the_code():
     one = results.code_digest("dfrot_lab.massive")
     assert one == results.code_digest("dfrot_lab.massive")
     assert one != results.code_digest("dfrot_lab.massive", "dfrot_lab.dfrot")
+
+
+def test_code_edited_while_it_runs_keeps_its_digest(tmp_path, monkeypatch):
+    """What a long run measures is of the code that it has loaded."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "edited_meanwhile.py").write_text("x = 1\n")
+    before = results.code_digest("edited_meanwhile")
+    (tmp_path / "edited_meanwhile.py").write_text("x = 2\n")
+    assert results.code_digest("edited_meanwhile") == before

@@ -292,3 +292,24 @@ def test_a_rotation_file_can_be_measured(lab, tmp_path):
     assert by_file["nll"] == by_name["nll"]
     with pytest.raises(LabError, match="unknown"):
         lab.perplexity("R1.npy", 0, windows=1)
+
+
+def test_the_first_token_is_compared_on_the_windows_that_both_have():
+    rows = [row("RO", keep, 0, 2.0, 3.0) for keep in ("none", "massive")]
+    (found,) = massive_tokens_fp16.first_token(rows, [row("RO", "first", 0, 1.0, 2.0, 9.0, 9.0)])
+    assert found["windows"] == 2 and found["first"] == pytest.approx(math.exp(1.5))
+    assert found["none"] == found["massive"] == pytest.approx(math.exp(2.5))
+
+
+def test_without_composed_hadamards_nothing_is_said_of_them():
+    assert massive_tokens_fp16._composed([row("RO", "none", 0, 1.0)]) == []
+
+
+def test_closing_rows_at_the_bits_of_the_headline_are_not_counted_twice():
+    names = ("RH", "DFRot(RH)", "RO", "DFRot(RO)")
+    rows = [row(n, "none", s, 1.0, 2.0) for n in names for s in (0, 1)]
+    again = [row("RH", "none", s, 5.0) for s in (0, 1)]
+    found = refined_rotation.summary(rows, again)
+    assert found == refined_rotation.summary(rows, [])
+    other = [r | {"bits": "4-4-16"} for r in again]
+    assert len(refined_rotation.summary(rows, other)["rows"]) == len(rows) + 2

@@ -34,6 +34,8 @@ def test_profiles_are_sound(profile):
         ("bits", "4-4", "parameter bits = '4-4': use W-A-KV"),
         ("bits", "17-4-16", "parameter bits = '17-4-16': each is 2 to 16"),
         ("screen_bits", ["16-4-16", "0-4-16"], "parameter screen_bits: bits = '0-4-16': each"),
+        ("all_bits", ["4-4-16", "16-4-16"], "all_bits = '16-4-16' leaves weights as they are"),
+        ("steps", 1, "parameter steps = 1: use two points or more"),
         ("abits", 17, "parameter abits: bits = 17: use 2 to 16"),
         ("clips", [1.0, 1.5], r"parameter clips: clip = 1.5: use a ratio in \(0, 1\]"),
         ("objectives", ["whip", "wip"], "'wip' is unknown: use one of centroids, .*whip"),
@@ -96,3 +98,10 @@ def test_the_layers_that_are_known():
 @pytest.mark.demo
 def test_the_layers_of_the_demo_model():
     assert models.load_config("demo").num_hidden_layers == values.LAYERS["demo"]
+
+
+def test_a_length_beyond_the_windows_is_told_before_anything_runs():
+    (notebook,) = (p for p in NOTEBOOKS if p.stem == "09_objectives")
+    with pytest.raises(ParameterError, match="cayley_length = 1024: use 1 to seqlen, which is 512"):
+        notebooks.resolve(notebook, None, {"seqlen": 512})
+    assert notebooks.resolve(notebook, None, {"seqlen": 1024})["seqlen"] == 1024

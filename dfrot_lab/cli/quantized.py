@@ -26,16 +26,17 @@ def quantize(profile, model, corpus, rotation, gamma, bits, method, seed, folder
 
     Activations and KV cache are quantized at run time: `dfrot_lab.quantized_folder.load`.
     """
-    from dfrot_lab import quantized_folder
+    from dfrot_lab import kept_files, quantized_folder
 
     values.check(rotation=rotation, gamma=gamma, bits=bits)
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
     if out.exists():
         raise click.ClickException(f"{out} exists: choose another folder, or delete it")
     spec = lab._spec(bits, "none", method, {})
-    built = lab._built(rotation, seed, spec, method, gamma)
+    with kept_files.recording(lab.folder):
+        built = lab._built(rotation, seed, spec, method, gamma)
     about = {"model": lab.model, "rotation": rotation, "seed": seed, "bits": bits}
-    about |= {"gamma": gamma if rotation.startswith("DFRot") else None}
+    about |= {"gamma": gamma if rotation.startswith("DFRot(") else None}
     about |= {"method": method if spec.weights else None, "version": __version__}
     click.echo(quantized_folder.save(built, lab.tokenizer, out, about))
 
@@ -67,7 +68,7 @@ def evaluate(
 
     A second table has the paired differences from RH (from the first model where RH is not asked for).
     """
-    from dfrot_lab import files, scores
+    from dfrot_lab import files, kept_files, scores
     from dfrot_lab.zero_shot import OFFLINE
 
     names = list(rotation) or ["FP", "RO", "RH", "DFRot(RH)"]
@@ -75,14 +76,13 @@ def evaluate(
     values.check(rotation=rotated, gamma=gamma, bits=bits, windows=windows, items=items)
     tasks = list(dict.fromkeys([*(OFFLINE if zero_shot else ()), *task]))
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
-    paired = []
+    how, paired = {"windows": windows, "tasks": tasks, "items": items}, []
     if quantized:
-        rows = [scores.of_folder(lab, quantized, windows=windows, tasks=tasks, items=items)]
+        rows = [scores.of_folder(lab, quantized, **how)]
     else:
-        rows = scores.measured(
-            lab, names, seed, bits=bits, method=method, gamma=gamma, windows=windows,
-            tasks=tasks, items=items,
-        )  # fmt: skip
+        how |= {"bits": bits, "method": method, "gamma": gamma}
+        with kept_files.recording(lab.folder):
+            rows = scores.measured(lab, names, seed, **how)
         paired = scores.differences(rows)
     if out:
         files.write_json(out, {"rows": rows, "differences": paired, "about": lab.about})
@@ -101,7 +101,7 @@ def evaluate(
 @options.folder
 def generate(prompt, profile, model, corpus, bits, method, seed, tokens, chat, folder) -> None:
     """Continue PROMPT greedily in floating point, with RH and with DFRot at 4 bits, side by side."""
-    from dfrot_lab import side_by_side
+    from dfrot_lab import kept_files, side_by_side
 
     values.check(bits=bits, tokens=tokens)
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
@@ -109,5 +109,6 @@ def generate(prompt, profile, model, corpus, bits, method, seed, tokens, chat, f
         told = f"model {lab.model!r} has random weights: what it writes means nothing"
         click.echo(told, err=True)
     how = {"tokens": tokens, "bits": bits, "method": method, "seed": seed, "chat": chat}
-    rows = side_by_side.texts(lab, prompt, **how)
+    with kept_files.recording(lab.folder):
+        rows = side_by_side.texts(lab, prompt, **how)
     click.echo(side_by_side.columns(rows, shutil.get_terminal_size((100, 24)).columns))

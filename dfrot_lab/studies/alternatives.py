@@ -10,10 +10,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dfrot_lab import cayley, evaluation, heads, models, owners, prefix, quantized_model, rotations
+from dfrot_lab import (
+    cayley,
+    corpora,
+    evaluation,
+    heads,
+    models,
+    owners,
+    prefix,
+    quantized_model,
+    rotations,
+)
 from dfrot_lab import objectives as interface
 from dfrot_lab.evaluation import spread
-from dfrot_lab.lab import Lab
+from dfrot_lab.lab import CODE, Lab, LabError
 from dfrot_lab.presets import PRESETS
 from dfrot_lab.quantized_model import ModelSpec
 from dfrot_lab.quantizers import QuantSpec
@@ -30,25 +40,28 @@ def by_task_loss(
 ) -> list[dict[str, Any]]:
     """SpinQuant's way: Cayley steps on the task loss from each of `starts`, and its budget.
 
-    which: evaluation windows.
+    which: evaluation windows. LabError for a length beyond the windows'.
     """
+    if not 1 <= length <= lab.seqlen:
+        raise LabError(f"cayley_length = {length}: use 1 to seqlen, {lab.seqlen}")
     out, tokens = [], lab.calibration_tokens[:, : lab.seqlen // length * length]
-    whose = owners.of(lab.model).about  # the lab takes no file that does not say it
+    home = Path(lab.folder) / "artefacts" / "rotations"
     for name in starts:
         start = lab.rotation(name, seed)
-        path = (
-            Path(lab.folder) / "artefacts" / "rotations" / f"Cayley-{name}-seed{seed}.safetensors"
-        )
+        path = home / f"Cayley-{name}-seed{seed}.safetensors"
         about = {"steps": steps, "length": length, "start": _digest(start.tolist())}
-        about = {"about": about} | whose
-        known = rotations.load(path)[1] if path.exists() else {}
-        if {k: known.get(k) for k in about} != about:
-            r, losses = cayley.refine(
-                lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name,
-                checkpoint=path.with_suffix(".checkpoint"), whose=json.dumps(about),
-            )  # fmt: skip
-            rotations.save(path, r, about | {"losses": losses})
-        losses = rotations.load(path)[1]["losses"]
+        about |= {"tokens": corpora.fingerprint(tokens)}
+        key = lab._key(about, (*CODE, "dfrot_lab.cayley"))
+        with lab._locked(path):
+            if not path.exists() or rotations.load(path)[1].get("key") != key:
+                r, losses = cayley.refine(
+                    lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name,
+                    checkpoint=path.with_suffix(".checkpoint"), whose=key,
+                )  # fmt: skip
+                # the lab takes no file that does not say whose it is
+                about |= {"key": key, "losses": losses} | owners.of(lab.model).about
+                rotations.save(path, r, about)
+            losses = rotations.load(path)[1]["losses"]
         row = {"start": name, "steps": steps, "tokens": steps * length, "losses": losses}
         row |= {"before": unseen.measured(lab, name, seed, which)["ppl"]}
         row |= {"ppl": unseen.measured(lab, str(path), seed, which)["ppl"]}

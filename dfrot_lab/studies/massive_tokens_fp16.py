@@ -38,18 +38,16 @@ def summary(
 def first_token(rows: list[dict[str, Any]], side: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Perplexity of `side`, the first token alone kept, beside none and all massive ones of `rows`.
 
-    All on the windows of `side`, which are the first of those of `rows`, and with the same seed.
+    All on the first windows, those that both were measured on, and with the same seed.
     """
-    nll = {(r["rotation"], r["keep"], r["seed"]): r["nll"] for r in rows}
-    return [
-        {"rotation": r["rotation"], "seed": r["seed"], "windows": r["windows"]}
-        | {"first": Perplexity(r["nll"]).value}
-        | {
-            keep: Perplexity(nll[r["rotation"], keep, r["seed"]][: r["windows"]]).value
-            for keep in ("none", "massive")
-        }
-        for r in side
-    ]
+    nll, out = {(r["rotation"], r["keep"], r["seed"]): r["nll"] for r in rows}, []
+    for r in side:
+        found = {k: nll[r["rotation"], k, r["seed"]] for k in ("none", "massive")}
+        found = {"first": r["nll"]} | found
+        n = min(map(len, found.values()))
+        row = {"rotation": r["rotation"], "seed": r["seed"], "windows": n}
+        out.append(row | {k: Perplexity(v[:n]).value for k, v in found.items()})
+    return out
 
 
 def closed_share(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -140,7 +138,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             "RO.kept − RH.kept at most 10 % of RO − RH",
             gap > 0 and mean["RO", "massive"] - mean["RH", "massive"] <= 0.1 * gap,
         ),
-        _composed(result["rows"]),
+        *_composed(result["rows"]),
     ]
     out += _first_token(result["first_token"])
     exempt = {r["rotation"]: r for r in result["exempted"]}
@@ -157,9 +155,11 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     return out
 
 
-def _composed(rows: list[dict[str, Any]]) -> Claim:
+def _composed(rows: list[dict[str, Any]]) -> list[Claim]:
     """Whether two composed Hadamards behave like RO, on the seeds for which they were measured."""
     seeds = sorted({r["seed"] for r in rows if r["rotation"] == "RH2"})
+    if not seeds:
+        return []
     mean = {
         n: spread(
             [
@@ -170,14 +170,16 @@ def _composed(rows: list[dict[str, Any]]) -> Claim:
         )["mean"]
         for n in ("RO", "RH", "RH2")
     }
-    return Claim(
-        "Structure, not orthogonality, is the cause",
-        "not tested; composed Hadamards should behave like RO",
-        f"RH² {mean['RH2']:.2f}, RO {mean['RO']:.2f}, RH {mean['RH']:.2f} "
-        f"(seed {', '.join(map(str, seeds))})",
-        "RH² nearer to RO than to RH, same seeds",
-        abs(mean["RH2"] - mean["RO"]) < abs(mean["RH2"] - mean["RH"]),
-    )
+    return [
+        Claim(
+            "Structure, not orthogonality, is the cause",
+            "not tested; composed Hadamards should behave like RO",
+            f"RH² {mean['RH2']:.2f}, RO {mean['RO']:.2f}, RH {mean['RH']:.2f} "
+            f"(seed {', '.join(map(str, seeds))})",
+            "RH² nearer to RO than to RH, same seeds",
+            abs(mean["RH2"] - mean["RO"]) < abs(mean["RH2"] - mean["RH"]),
+        )
+    ]
 
 
 def _first_token(rows: list[dict[str, Any]]) -> list[Claim]:

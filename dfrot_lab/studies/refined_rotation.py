@@ -95,7 +95,11 @@ def _rotated(lab: Lab, x: torch.Tensor, name: str, gamma: float, seed: int) -> t
 
 
 def summary(headline: list[dict[str, Any]], closing: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows, table of means, and paired differences start − refined over (seed, window)."""
+    """Rows, table of means, and paired differences start − refined over (seed, window).
+
+    Closing rows at the bits of the headline are left out: they are among its own.
+    """
+    closing = [r for r in closing if r["bits"] != headline[0]["bits"]]
     pairs = [("RH", "DFRot(RH)"), ("RO", "DFRot(RO)")]
     return {
         "rows": headline + closing,
