@@ -70,22 +70,17 @@ def gamma_sweep(result: dict[str, Any]) -> Figure:
         finite = [(place(g), p) for g, p in swept if math.isfinite(g)]
         last = [(place(g), p) for g, p in swept if math.isinf(g)]
         everything += [plain, *(p for _, p in swept)]
-        face = ink if start == "RH" else "white"
-        look = {"color": ink, "marker": MARKER[name], "mfc": face, "ms": 4}
+        look = {"color": ink, "marker": MARKER[name], "ms": 4}
         ax.plot(*np.array(finite or [(np.nan, np.nan)]).T, ls=LINE[name], **look, label=name)
         ax.plot(*np.array(last or [(np.nan, np.nan)]).T, ls="", **look)
         if finite and last:
             ends = np.array([finite[-1], last[-1]]).T
             ax.plot(*ends, color=ink, ls=":", lw=0.8)
         if math.isfinite(plain):
-            ax.axhline(
-                plain,
-                color=COLOUR[start],
-                lw=0.9,
-                ls=(0, (4, 2)),
-                label=f"{start} itself",
-                zorder=1,
-            )
+            ax.axhline(plain, color=COLOUR[start], lw=0.9, ls=(0, (4, 2)), zorder=1)
+            ax.annotate(f"{start} itself", (1, plain), (-1, 2), xycoords=ax.get_yaxis_transform(),
+                        textcoords="offset points", ha="right", fontsize=7, color=COLOUR[start],
+                        bbox={"fc": "white", "ec": "none", "pad": 0.3, "alpha": 0.8})  # fmt: skip
     log = style.wide(everything)
     if log:
         ax.set_yscale("log")
@@ -128,8 +123,7 @@ def _few(result: dict[str, Any], weights: list[float]) -> Figure:
                 continue
             name = start if g is None else f"DFRot({start})"
             x = 0 if g is None else 1 + weights.index(g)
-            face = "white" if name == "DFRot(RO)" else COLOUR[name]
-            ax.plot(x, p, MARKER[name], color=COLOUR[name], mfc=face, ms=5, zorder=3)
+            ax.plot(x, p, MARKER[name], color=COLOUR[name], ms=5, zorder=3)
             ax.annotate(number(p, 1), (x, p), (5, 0), textcoords="offset points", va="center",
                         fontsize=7, color=COLOUR[name])  # fmt: skip
             everything.append(p)
@@ -150,10 +144,9 @@ def _few(result: dict[str, Any], weights: list[float]) -> Figure:
         told = "infinite: " + "; ".join(hidden).replace("inf", "∞")
         style.note(ax, told, 0.98, 0.97, ha="right", va="top")
     handles = [
-        Line2D([], [], ls="", marker=MARKER[n], color=COLOUR[n], ms=5, label=n,
-               mfc="white" if n == "DFRot(RO)" else COLOUR[n])
+        Line2D([], [], ls="", marker=MARKER[n], color=COLOUR[n], ms=5, label=n)
         for n in ("RO", "DFRot(RO)", "RH", "DFRot(RH)")
-    ]  # fmt: skip
+    ]
     fig.legend(handles=handles, loc="outside upper center", ncols=2)
     return fig
 

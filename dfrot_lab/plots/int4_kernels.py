@@ -117,7 +117,7 @@ def nibble_packing(result: dict[str, Any]) -> Figure:
 def _size(n: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
-            return f"{n / size:.2f} {unit}" if n < 10 * size else f"{n / size:.0f} {unit}"
+            return f"{n / size:#.3g}".rstrip(".") + f" {unit}"
     return f"{n:.0f} B"
 
 
@@ -154,9 +154,15 @@ def packed_memory(result: dict[str, Any]) -> Figure:
     fig = style.new(PAGE, 1.75)
     axes = fig.subplots(1, len(panels), sharey=True)
     inks = {"linears": COLOUR["RH"], "rest": "#9AA5AE", "more": COLOUR["massive"]}
+    most = {}  # one scale for the panels of a model
+    for _, part, peak in panels:
+        values = _total(part) if peak is None else (peak["fp16"], peak["packed"])
+        most[id(part)] = max(*values, most.get(id(part), 0))
     for ax, (title, part, peak) in zip(axes, panels, strict=True):
-        most = max(_total(part) if peak is None else (peak["fp16"], peak["packed"]))
-        scale, unit = (1e9, "GB") if most >= 1e9 else (1e6, "MB") if most >= 1e6 else (1e3, "kB")
+        largest = most[id(part)]
+        scale, unit = (
+            (1e9, "GB") if largest >= 1e9 else (1e6, "MB") if largest >= 1e6 else (1e3, "kB")
+        )
         for y, kind in enumerate(("fp16", "packed")):
             pieces = dict(part[kind])
             if peak is not None:
@@ -168,10 +174,10 @@ def packed_memory(result: dict[str, Any]) -> Figure:
             ax.annotate(f"{start:.3g}", (start, y), (3, 0), textcoords="offset points", va="center",
                         fontsize=7)  # fmt: skip
         ax.set_title(title)
-        ax.set(xlim=(0, 1.22 * most / scale), ylim=(1.5, -0.5), xlabel=unit)
+        ax.set(xlim=(0, 1.22 * largest / scale), ylim=(1.5, -0.5), xlabel=unit)
         ax.set_yticks([0, 1], ["FP16", "packed"])
         ax.tick_params(axis="y", length=0)
-        ax.xaxis.get_major_locator().set_params(nbins=4)
+        ax.xaxis.get_major_locator().set_params(nbins=3)
     names = ("linears of the layers", "embedding and head, FP16", "activations and temporaries")
     handles = [Patch(fc=ink, ec="none") for ink in inks.values()]
     fig.legend(handles, names, loc="outside upper left", ncols=3)

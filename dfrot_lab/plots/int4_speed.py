@@ -90,15 +90,15 @@ def _roofline_numbers(result: dict[str, Any]) -> dict[str, Any]:
 
 @figure(NOTEBOOK, _roofline_numbers)
 def roofline(result: dict[str, Any]) -> Figure:
-    """Operations a second by operations a byte, under the ceilings measured in the same run."""
+    """Operations a second by operations a byte, beside plain products and a copy of the same run."""
     speed = result["speed"]
     roofs = {k: v for k, v in speed["ceilings"].items() if k != "copy" and v}
     copy = speed["ceilings"]["copy"] / 1e3  # TB/s: times FLOP/byte it is TFLOP/s
     points = _points(speed)
-    unit, scale = ("TFLOP/s", 1.0) if max(roofs.values()) > 10 else ("GFLOP/s", 1e3)
+    unit, scale = ("10¹²", 1.0) if max(roofs.values()) > 10 else ("10⁹", 1e3)
     xlim = style.limits([*(p[2] for p in points), 1.5 * max(roofs.values()) / copy], log=True)
     # room for the names of the roofs
-    xlim = (min(xlim[0], 0.04 * min(roofs.values()) / copy), xlim[1] * 10)
+    xlim = (min(xlim[0], 0.04 * min(roofs.values()) / copy), xlim[1] * 16)
     fig = style.new(PAGE, 2.9)
     ax = fig.add_subplot()
     for i, (name, roof) in enumerate(sorted(roofs.items(), key=lambda kv: -kv[1])):
@@ -106,7 +106,7 @@ def roofline(result: dict[str, Any]) -> Figure:
         ax.plot(x, scale * np.minimum(copy * x, roof), color="#888888", lw=1.2, zorder=1)
         # the highest above its line and the next below: they may lie close together
         ax.text(xlim[1], scale * roof * (0.94 if i else 1.06),
-                f"{name} product {scale * roof:,.0f} ", fontsize=7, ha="right",
+                f"plain {name} product {scale * roof:,.0f} ", fontsize=7, ha="right",
                 va="top" if i else "bottom", color=COLOUR["ink"])  # fmt: skip
     baseline = speed["baseline"]
     drawn: dict[str, Line2D] = {}
@@ -114,7 +114,7 @@ def roofline(result: dict[str, Any]) -> Figure:
         ink = COLOUR["FP"] if what == baseline else INK.get(what, COLOUR["massive"])
         sign = "s" if what == baseline else SIGN.get(what) or OTHER[op]
         face = "white" if what == baseline else ink
-        size = 3.0 + 0.75 * math.log2(m) ** 0.8 if op == "linear" else 5.0
+        size = _size(m) if op == "linear" else 5.0
         ax.plot(x, scale * y, sign, color=ink, mfc=face, ms=size, mew=0.7, alpha=0.9, zorder=3)
         drawn.setdefault(
             what, Line2D([], [], ls="", marker=sign, color=ink, mfc=face, ms=4.5, mew=0.7)
@@ -128,12 +128,22 @@ def roofline(result: dict[str, Any]) -> Figure:
     ax.annotate(f"copy {speed['ceilings']['copy']:,.0f} GB/s", (top / copy, scale * top), (-4, 2),
                 textcoords="offset points", fontsize=7, ha="right", va="bottom",
                 color=COLOUR["ink"])  # fmt: skip
-    ax.set(xlabel="operations a byte", ylabel=unit)
+    ax.set(xlabel="operations a byte", ylabel=f"{unit} operations a second")
     ax.grid()
+    tokens = sorted({m for _, op, _, _, m in points if op == "linear"})
+    few = tokens if len(tokens) <= 3 else [tokens[0], tokens[len(tokens) // 2], tokens[-1]]
+    for m in few:
+        look = {"ls": "", "marker": "o", "color": "#888888", "ms": _size(m)}
+        drawn[f"M = {m:,}"] = Line2D([], [], **look)
     fig.legend(
         drawn.values(), drawn, loc="outside right upper", title=_titled(speed), alignment="left"
     )
     return fig
+
+
+def _size(tokens: int) -> float:
+    """Of the sign for a product of so many tokens."""
+    return 3.0 + 0.75 * math.log2(tokens) ** 0.8
 
 
 def _titled(speed: dict[str, Any]) -> str:

@@ -114,24 +114,18 @@ def dots(
     alpha: float = 1.0,
     size: float = 6.0,
     aside: float = 0.055,
+    whole: bool = False,
 ) -> None:
-    """Mean with its sd as whisker and, `aside` of it, each seed as a small dot."""
+    """Mean with its sd (`whole`: the range) as whisker and, `aside` of it, each seed as a small dot."""
     values = array(values)
     values = values[np.isfinite(values)]
     if not len(values):
         return
     ink = COLOUR[name]
     if len(values) > 1:
-        ax.errorbar(
-            x,
-            values.mean(),
-            values.std(ddof=1),
-            color=ink,
-            alpha=alpha,
-            capsize=2.5,
-            lw=1.1,
-            zorder=3,
-        )
+        mean, sd = values.mean(), values.std(ddof=1)
+        ends = [[mean - values.min()], [values.max() - mean]] if whole else sd
+        ax.errorbar(x, mean, ends, color=ink, alpha=alpha, capsize=2.5, lw=1.1, zorder=3)
     face = "white" if name == "RH2" else ink
     ax.plot(
         x, values.mean(), MARKER[name], ms=size, color=ink, mfc=face, mew=1, alpha=alpha, zorder=5
@@ -332,7 +326,7 @@ def exempted_tokens(result: dict[str, Any]) -> Figure:
         ax.set_yscale("symlog", linthresh=1, linscale=0.6)
         highest = max((float(array(r["by_site"]).max()) for r in rows), default=1.0)
         ax.set_ylim(0, 1.6 * highest)
-        ax.set_yticks([0, *(10**k for k in range(int(np.log10(max(highest, 1))) + 1))])
+        ax.set_yticks([0, *(10**k for k in range(int(np.log10(max(1.6 * highest, 1))) + 1))])
         ax.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
         ax.grid(axis="y")
         ax.set_title(kind, fontsize=7, pad=3)

@@ -145,9 +145,8 @@ def gain_by_weight(result: dict[str, Any]) -> Figure:
         first = float(array(rows[0]["ppl"]))
         y = array([r["ppl"] for r in rows]) / (first if math.isfinite(first) else math.nan)
         everything += list(y)
-        ppl.plot(
-            np.arange(len(y)) - 0.05, y, color=COLOUR[start], marker=MARKER[start], ms=4.5, zorder=4
-        )
+        look = {"color": COLOUR[start], "marker": MARKER[start], "mfc": "white", "ms": 4.5}
+        ppl.plot(np.arange(len(y)) - 0.05, y, ls=TEXTS["held out"], **look, zorder=4)
     marks = {"LLaMA2-7B": "2", "LLaMA3-8B": "3"}
     names = [r["gamma"] for r in _ours(result, "RH")]
     for row in result["sweep"]["published"]:
@@ -158,7 +157,7 @@ def gain_by_weight(result: dict[str, Any]) -> Figure:
         sign = f"${marks[row['model']]}$"
         ppl.plot(x + 0.07 * (x > 0), y, marker=sign, markevery=slice(1, None), **look)
     ppl.axhline(1, color=COLOUR["ink"], lw=0.6, ls="--", zorder=0)
-    ppl.set_title("perplexity, over the start's")
+    ppl.set_title("perplexity over the start's")
     ppl.set_ylim(*style.limits(everything))
     for ax in (massive, normal, ppl):
         ax.set_xticks(range(len(names)), [_sign(n) for n in names])
@@ -169,7 +168,7 @@ def gain_by_weight(result: dict[str, Any]) -> Figure:
     ]
     handles += [Line2D([], [], color="#888888", ls=ls, label=text) for text, ls in TEXTS.items()]
     published = {"color": "#888888", "ls": ":"}
-    handles.append(Line2D([], [], **published, label="paper: LLaMA-2 7B, -3 8B"))
+    handles.append(Line2D([], [], **published, label="paper: LLaMA-2 7B (2), -3 8B (3)"))
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return fig
 

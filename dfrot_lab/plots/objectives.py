@@ -72,6 +72,8 @@ def objective_screening(result: dict[str, Any]) -> Figure:
             rows = [r for r in result["screen"] if r["start"] == start]
             plain = next(float(r["ppl"][bits]) for r in rows if r["objective"] == "none")
             ax.axhline(plain, color=COLOUR[start], lw=0.9, ls=(0, (4, 2)), zorder=1)
+            ax.annotate(start, (1, plain), (3, 0), xycoords=ax.get_yaxis_transform(), va="center",
+                        textcoords="offset points", fontsize=7, color=COLOUR[start])  # fmt: skip
             everything.append(plain)
             for i, name in enumerate(names):
                 for j, gamma in enumerate(gammas):

@@ -83,9 +83,9 @@ def _panel(ax: Axes, cells: dict[tuple[str, str, str], np.ndarray], fp: float) -
             values = cells.get((method, keep, name), np.empty(0))
             values = values[np.isfinite(values)]
             if len(values):
-                dots(ax, i + 0.2 * (k - 1.5), values, name, size=4.5, aside=0.07)
-                spread = values.std(ddof=1) if len(values) > 1 else 0.0
-                everything += [values.mean() - spread, values.mean() + spread, *values]
+                # the range: an sd as wide as the mean says nothing on a log scale
+                dots(ax, i + 0.2 * (k - 1.5), values, name, size=4.5, aside=0.07, whole=True)
+                everything += list(values)
     log = max(everything) > 4 * min(everything)
     if log:
         ax.set_yscale("log")
@@ -95,7 +95,7 @@ def _panel(ax: Axes, cells: dict[tuple[str, str, str], np.ndarray], fp: float) -
     ax.axhline(fp, color=COLOUR["FP"], ls=LINE["FP"], lw=0.9, zorder=1)
     nr = cells.get(("gptq", "none", "NR"))
     if nr is not None:
-        style.note(ax, f"NR {number(nr.mean(), 0)}", 0.98, 0.98, ha="right", va="top")
+        style.note(ax, f"NR, GPTQ {number(nr.mean(), 0)}", 0.98, 0.98, ha="right", va="top")
     ax.set_xticks(range(len(TICKS)), TICKS)
     ax.set_xlim(-0.55, len(TICKS) - 0.45)
     ax.tick_params(axis="x", length=0)

@@ -123,7 +123,7 @@ def clipping(result: dict[str, Any]) -> Figure:
             (r for r in result["clipping"] if r["rotation"] == name), key=lambda r: r["clip"]
         )
         ax.plot([r["clip"] for r in rows], array([r["ppl"] for r in rows]), color=COLOUR[name],
-                marker=MARKER[name], ms=4, label=name)  # fmt: skip
+                marker=MARKER[name], ls=LINE[name], ms=4, label=name)  # fmt: skip
     clips = sorted({r["clip"] for r in result["clipping"]})
     if len(clips) <= 8:
         ax.set_xticks(clips, [f"{c:g}" for c in clips])
@@ -261,8 +261,9 @@ def error_by_site(result: dict[str, Any]) -> Figure:
     """Mean relative error by norm site under RO, RH and DFRot(RH): massive and normal tokens."""
     rows = result["errors_by_layer"]
     sites = list(dict.fromkeys(r["site"] for r in rows))
-    fig = style.new(PAGE, 2.3)
-    for ax, part in zip(fig.subplots(1, 2), ("massive", "normal"), strict=True):
+    fig = style.new(PAGE, 2.5)
+    axes = fig.subplots(1, 2, sharex=True)
+    for ax, part in zip(axes, ("massive", "normal"), strict=True):
         values = []
         for name in ("RO", *PAIR):
             found = {
@@ -272,15 +273,18 @@ def error_by_site(result: dict[str, Any]) -> Figure:
             }
             y = array([found.get(s) for s in sites])
             values += list(y)
-            ax.plot(np.arange(len(sites)) / 2, y, color=COLOUR[name], marker=".", ms=3, lw=0.8,
-                    ls="-" if part == "normal" else "", label=name)  # fmt: skip
-        ax.set_ylim(*style.limits(values))
+            look = {"color": COLOUR[name], "marker": MARKER[name], "ls": LINE[name]}
+            ax.plot(np.arange(len(sites)) / 2, y, **look, ms=2.8, lw=0.8, label=name)
+        ax.set_yscale("log")
+        ax.set_ylim(*style.limits(values, log=True))
+        style.log_ticks(ax.yaxis, *ax.get_ylim())
         ax.set(title=f"{part} tokens", xlabel="layer")
         ax.grid(axis="y")
         if not np.isfinite(values).any():
             style.note(ax, f"no {part} token")
-    fig.axes[0].set_ylabel("relative error")
-    fig.axes[1].legend()
+    axes[0].set_ylabel("relative error")
+    handles, names = axes[1].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside upper center", ncols=len(names))
     return fig
 
 
@@ -317,7 +321,8 @@ def begin_of_sequence(result: dict[str, Any]) -> Figure:
         found = {r["bos"]: float(array(r["ppl"])) for r in result["bos"] if r["rotation"] == name}
         y = [found[False], found[True]]
         values += y
-        ax.plot([0, 1], y, color=COLOUR[name], marker=MARKER[name], ms=5, label=name)
+        look = {"color": COLOUR[name], "marker": MARKER[name], "ls": LINE[name], "ms": 5}
+        ax.plot([0, 1], y, **look, label=name)
     if not values:
         style.note(ax, "the tokenizer has no BOS")
     ax.set_xticks([0, 1], ["as they are", "BOS in front"])

@@ -44,9 +44,9 @@ COLOUR = {
 }
 COLOUR |= {"FP": "#000000", "DFRot(RO)": COLOUR["DFRot"], "DFRot(RH)": COLOUR["DFRot"]}
 MARKER = {"NR": "X", "RO": "s", "RH": "o", "RH2": "^", "DFRot": "D", "massive": "*", "FP": "_"}
-MARKER |= {"DFRot(RO)": "s", "DFRot(RH)": "o"}  # the start's marker in DFRot's colour
+MARKER |= {"DFRot(RO)": "d", "DFRot(RH)": "D"}  # diamonds, of which the thin one started from RO
 LINE = {"NR": ":", "RO": "-", "RH": "-", "RH2": "--", "DFRot": "-", "FP": (0, (4, 2))}
-LINE |= {"DFRot(RO)": (0, (4, 1.2)), "DFRot(RH)": "-"}
+LINE |= {"DFRot(RO)": (0, (4, 1.2, 1, 1.2)), "DFRot(RH)": (0, (4, 1.2))}
 LABEL = {"RH2": "RH²"}  # where it differs from the name in a result
 
 

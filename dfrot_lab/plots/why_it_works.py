@@ -177,7 +177,7 @@ def spikes_in_noise(result: dict[str, Any]) -> Figure:
     """RH's error against the energy beside three spikes, with curves; and predicted against measured."""
     found = result["tokens"]
     rest, measured, predicted = (array(found[n]) for n in ("rest", "RH", "predicted"))
-    fig = style.new(PAGE, 2.8)
+    fig = style.new(PAGE, 3.1)
     left, right = fig.subplots(1, 2)
     for row, ls in zip(result["by_share"], ("-", "--", ":"), strict=True):
         look = {"color": COLOUR["RH"], "ls": ls, "zorder": 3}
@@ -186,15 +186,22 @@ def spikes_in_noise(result: dict[str, Any]) -> Figure:
     left.axhline(floor, color=COLOUR["RO"], label="RO", zorder=1)
     both = style.limits([*rest, 1e-3], log=True, margin=0.03)
     line = np.geomspace(both[0], 1, 50)
-    left.plot(line, line, color=COLOUR["NR"], ls=":", label="NR: all of the rest lost", zorder=1)
+    left.plot(
+        line, line, color=COLOUR["NR"], ls=":", label="NR: all but the spikes is lost", zorder=1
+    )
     _points(left, rest, measured, found["massive"])
     left.set(xscale="log", yscale="log", xlim=(both[0], 1.05))
     left.set_ylim(*style.limits([*measured, *predicted, floor * 2], log=True, margin=0.2))
     left.set(
-        xlabel="energy beside the three largest entries", ylabel=r"$\varepsilon$ measured under RH"
+        xlabel=r"share of $\Vert x\Vert^2$ beside the three largest",
+        ylabel=r"$\varepsilon$ measured under RH",
     )
     style.log_ticks(left.yaxis, *left.get_ylim())
-    left.legend(loc="lower right")
+    handles, names = left.get_legend_handles_labels()
+    dot = Line2D([], [], ls="", marker="o", ms=3, mew=0, color=DOT)
+    handles += [dot, Line2D([], [], **STAR | {"ms": 6})]
+    fig.legend(handles, [*names, "normal token", "massive token"], loc="outside upper center",
+               ncols=4)  # fmt: skip
     same = style.limits([*measured, *predicted], log=True)
     right.plot(same, same, ls="--", lw=0.8, color=COLOUR["ink"], zorder=3)
     _points(right, predicted, measured, found["massive"])

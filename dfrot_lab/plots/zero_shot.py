@@ -20,6 +20,8 @@ ORDER = ("FP", "NR", "RO", "RH", "DFRot(RH)")
 MARK = MARKER | {"FP": "P"}
 BOTH = "mean of tasks"
 SHADES = ("0.1", "0.55", "0.75")
+CHOICES = {"continuation": 3, "piqa": 2, "winogrande": 2, "hellaswag": 4, "mmlu": 4}
+CHOICES |= {"arc_easy": 4, "arc_challenge": 4}  # answers of an item
 VALUES = {"correct": "accuracy [%]", "logp": "log-probability\nof the target [nats]"}
 
 
@@ -116,11 +118,18 @@ def _panels(result: dict[str, Any], height: float, draw: Callable[..., None]) ->
 
 
 def _methods(ax: Axes, result: dict[str, Any], task: str, value: str, first: bool) -> None:
-    settings, shown = _settings(result), []
+    settings, shown, apart = _settings(result), [], []
+    chance = 100 / CHOICES[task] if task in CHOICES and value == "correct" else None
+    if chance:
+        ax.axhline(chance, lw=0.8, ls=":", color=COLOUR["ink"], zorder=1)
+        shown.append(chance)
     for i, bits in enumerate(settings):
         rows = {
             r["rotation"]: r for r in result["table"] if r["bits"] == bits and r["task"] == task
         }
+        if value == "logp" and len(rows) > 1 and "NR" in rows:  # beside it the others would be flat
+            told = number(_scaled(rows.pop("NR"), value)[0], 1).replace("-", "−")
+            apart.append(f"NR, {bits}: {told}")
         for k, name in enumerate(n for n in ORDER if n in rows):
             mean, low, high = _scaled(rows[name], value)
             x = i + 0.15 * (k - (len(ORDER) - 1) / 2)
@@ -131,6 +140,10 @@ def _methods(ax: Axes, result: dict[str, Any], task: str, value: str, first: boo
                 ax.plot([x + 0.06] * len(seeds), seeds, ".", color=COLOUR[name], ms=2)
                 shown += [low, high, *seeds]
     ax.set_ylim(*style.limits(shown, margin=0.08))
+    if apart:
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.12 * len(apart) * (high - low))
+        style.note(ax, "\n".join(apart), 0.97, 0.97, ha="right", va="top", fontsize=6)
     ax.set_xticks(range(len(settings)), settings)
     ax.set_xlim(-0.5, len(settings) - 0.5)
     ax.tick_params(axis="x", length=0)
@@ -266,5 +279,6 @@ def _against_perplexity(
             number(_rank(result, bits, value, task, over)["methods"]) for over in ("rotated", "all")
         )
         told.append(f"{bits}: τ = {rotated} ({every})")
-    style.note(ax, "\n".join(told), 0.97, 0.97, ha="right", va="top", fontsize=6)
+    box = {"fc": "white", "ec": "none", "pad": 0.8}
+    style.note(ax, "\n".join(told), 0.97, 0.97, ha="right", va="top", fontsize=6, bbox=box)
     ax.grid(axis="y")
