@@ -110,7 +110,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             two = [paper.table1("LLaMA2-7B", n, b) for n in ("RO", "RH")]
             out.append(
                 Claim(
-                    f"At {b} RO and RH are alike",
+                    f"At {b} with GPTQ RO and RH are alike",
                     f"LLaMA2-7B: {two[0]} and {two[1]} (Table 1)",
                     f"{ro:.2f} and {rh:.2f}",
                     "within 2 %",
@@ -135,7 +135,7 @@ def _order(mean: dict[tuple, float], bits: str, gptq: str) -> Claim:
     )
     holds = values[0] > 2 * values[1] and values[1] > values[2] >= values[3]
     return Claim(
-        f"{bits}: NR ≫ RO > RH ≥ DFRot" if four else f"{bits}: no rotation is worst",
+        f"{bits}, GPTQ: NR ≫ RO > RH ≥ DFRot" if four else f"{bits}, GPTQ: no rotation is worst",
         f"RO, RH: {published} (Table 1)",
         ", ".join(f"{n} {v:,.2f}" for n, v in zip(names, values, strict=True)),
         "NR above 2 × RO, RO above RH, DFRot not above RH" if four else "NR above RO and RH",
