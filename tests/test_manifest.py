@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from dfrot_lab import assets, files, kept_files, manifest
+from dfrot_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,3 +159,17 @@ def test_assets_are_hashed_anew(tmp_path, monkeypatch):
     assert "damaged" in manifest.check_assets(recorded)["lee"]
     assert "pinned as" in manifest.check_assets({"lee": "0" * 64})["lee"]
     assert manifest.check_assets({"else": "0" * 64}) == {"else": "unknown to this version"}
+
+
+def test_a_benchmark_gets_its_line_and_blesses_nothing_else(tmp_path):
+    to = tmp_path / "figures"
+    files.write_json(to / "01_fake" / "result.json", {"value": 1})
+    manifest.write(to)
+    files.write_json(to / "01_fake" / "result.json", {"value": 2})
+    files.write_json(to / "speed.json", {"rows": []})
+    for source in (to / "speed.json", tmp_path / "elsewhere.json"):
+        files.write_json(source, {"rows": [1]})
+        done = CliRunner().invoke(app, ["publish", str(source), "--to", str(to)])
+        assert done.exit_code == 0, done.output
+    assert manifest.check(to) == {"01_fake/result.json": "altered"}
+    assert (to / "elsewhere.json").read_bytes() == (tmp_path / "elsewhere.json").read_bytes()

@@ -84,9 +84,20 @@ def verify(profile, folder, against, only, every, tolerant, out) -> None:
     "--to", type=click.Path(path_type=Path), default=Path("figures"), help="Committed figures."
 )
 def publish(folder: Path, to: Path) -> None:
-    """Copy figures, captions and results of FOLDER into figures/, with their SHA256SUMS, for committing."""
+    """Copy figures, captions and results of FOLDER into figures/, with their SHA256SUMS, for committing.
+
+    FOLDER may also be the .json of a benchmark, written into figures/ or elsewhere.
+    """
     from dfrot_lab import manifest
 
+    if folder.is_file() and folder.suffix == ".json":
+        target = to / folder.name
+        to.mkdir(parents=True, exist_ok=True)
+        if not (target.exists() and target.samefile(folder)):
+            shutil.copyfile(folder, target)
+        click.echo(target)
+        manifest.write(to, [folder.name])
+        return
     sources = sorted(folder.glob("*/result.json"))
     if not sources:
         raise click.ClickException(f"{folder} holds no result.json: run `make figures` first")
