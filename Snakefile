@@ -22,10 +22,10 @@ NOTEBOOKS = {
     "03_massive_tokens_fp16": (3000, 30),
     "04_dfrot": (3000, 45),
     "05_tables": (4000, 240),
-    "06_reviewers_questions": (4500, 60),
+    "06_reviewers_questions": (5500, 90),
     "07_int4_kernels": (4500, 20),
     "08_why_it_works": (3000, 10),
-    "09_objectives": (5500, 240),
+    "09_objectives": (7500, 270),
     "10_zero_shot": (5000, 360),
 }
 REFINED = ("04_dfrot", "05_tables", "06_reviewers_questions", "08_why_it_works", "09_objectives", "10_zero_shot")

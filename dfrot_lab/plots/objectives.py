@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import re
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import kendalltau
 
 from dfrot_lab.plots import style
@@ -106,11 +108,12 @@ def objective_screening(result: dict[str, Any]) -> Figure:
 
 
 def _pareto_numbers(result: dict[str, Any]) -> dict[str, Any]:
-    told = [
-        f"{r['method']} {number(r['ppl_w16']['mean'])} at {r['cost']:.3g} TFLOP"
-        for r in result["pareto"]
-    ]
-    return {"rows": "; ".join(told), "windows": _confirming(result)}
+    told = []
+    for r in result["pareto"]:
+        gptq = f" and {number(r['ppl']['mean'])}" if "ppl" in r else ""
+        told.append(f"{r['method']} {number(r['ppl_w16']['mean'])}{gptq} ({r['cost']:.3g} TFLOP)")
+    about = {"windows": _confirming(result), "bits": result["confirm"][0]["bits"]}
+    return about | {"rows": "; ".join(told)}
 
 
 def _confirming(result: dict[str, Any]) -> str:
@@ -119,46 +122,55 @@ def _confirming(result: dict[str, Any]) -> str:
     return f"evaluation windows {first} {'and' if last == first + 1 else 'to'} {last}"
 
 
-def _aside(rows: list[dict[str, Any]], i: int) -> float:
-    """A factor that sets methods of equal cost beside each other, in order."""
-    equal = [k for k, r in enumerate(rows) if r["cost"] == rows[i]["cost"]]
-    return 1.15 ** (equal.index(i) - (len(equal) - 1) / 2)
+def _beaten(row: dict[str, Any], rows: list[dict[str, Any]], key: str) -> bool:
+    """Whether another method costs no more and has a lower mean."""
+    return any(r["cost"] <= row["cost"] and r[key]["mean"] < row[key]["mean"] for r in rows)
 
 
 @figure(NOTEBOOK, _pareto_numbers)
 def cost_and_quality(result: dict[str, Any]) -> Figure:
-    """Cost of the refinement against perplexity (left) and KL (right), W16A4; sd over seeds as bars."""
-    fig = style.new(PAGE, 2.2 + 0.17 * math.ceil(len(result["pareto"]) / 2))
-    axes = fig.subplots(1, 2)
-    names = [r["method"] for r in result["pareto"]]
-    least = min((r["cost"] for r in result["pareto"] if r["cost"] > 0), default=1.0)
-    shades = list(dict.fromkeys(COLOUR.values()))
-    handles = []
-    kinds = {"ppl_w16": "perplexity", "kl_w16": "KL [nats a token]"}
-    for ax, (key, title) in zip(axes, kinds.items(), strict=True):
-        for cost in sorted({r["cost"] for r in result["pareto"]} - {0}):
-            ax.axvline(cost, color="0.8", lw=0.8, zorder=0)
-        for i, r in enumerate(result["pareto"]):
-            x = (r["cost"] or least / 10) * _aside(result["pareto"], i)
-            mark = {"RH": "o", "dfrot": "D", "recommended": "*"}.get(r["method"], "v^<>spX"[i % 7])
-            look = {"color": shades[i % len(shades)], "marker": mark, "capsize": 2}
-            look["ms"] = 9 if mark == "*" else 5
-            ax.errorbar(x, r[key]["mean"], r[key]["sd"], ls="", **look)
-            if ax is axes[0]:
-                handles.append(
-                    Line2D([], [], ls="", color=look["color"], marker=mark, label=names[i])
-                )
-        ax.set_xscale("log")
-        ax.set_xlabel("cost of the refinement [TFLOP]")
-        ax.set_ylabel(title)
+    """A row a method, by cost: what it gives, mean and sd over seeds, and what it costs."""
+    rows = sorted(result["pareto"], key=lambda r: (r["cost"], -r["ppl_w16"]["mean"]))
+    bits = result["confirm"][0]["bits"]
+    fig = style.new(PAGE, 0.95 + 0.19 * len(rows))
+    *axes, cost = fig.subplots(1, 4, sharey=True, width_ratios=(1, 1, 1, 0.7))
+    kinds = {"ppl_w16": "perplexity,\n16-4-16", "kl_w16": "KL, 16-4-16\n[nats a token]"}
+    kinds["ppl"] = f"perplexity,\n{bits}, GPTQ"
+    for ax, (key, text) in zip(axes, kinds.items(), strict=True):
+        for y, r in enumerate(rows):
+            if key in r:
+                _whisker(ax, y, r, key, _beaten(r, [o for o in rows if key in o], key))
+        ax.set_xlabel(text)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+    for y, r in enumerate(rows):
+        cost.barh(y, r["cost"], 0.55, color="#B8C0C6", lw=0)
+        cost.annotate(f"{r['cost']:.2g}", (r["cost"], y), (3, 0), textcoords="offset points", va="center",
+                      fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.5})  # fmt: skip
+    cost.set(xlabel="cost\n[TFLOP]", xlim=(0, 1.4 * max(r["cost"] for r in rows)))
+    cost.xaxis.set_major_locator(MaxNLocator(3))
+    for ax in (*axes, cost):
         ax.grid(axis="y")
-        ticks = [t for t in ax.get_xticks() if t >= least / 2]
-        low = math.floor(math.log10(least / 10))
-        ax.set_xlim(10**low, 3 * max(r["cost"] for r in result["pareto"]))
-        ax.set_xticks([least / 10, *ticks], ["0", *[f"{t:g}" for t in ticks]])
-        ax.set_xlim(least / 20, 3 * max(r["cost"] for r in result["pareto"]))
-    fig.legend(handles=handles, loc="outside lower center", ncols=2)
+        ax.tick_params(axis="y", length=0)
+    names = [re.sub(r" \([^)]*\)", "", r["method"]) for r in rows]
+    axes[0].set_yticks(range(len(rows)), names)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    look = {"ls": "", "marker": "s", "color": "#888888", "ms": 4.5}
+    handles = [
+        Line2D([], [], **look, label="no method as cheap is better"),
+        Line2D([], [], **look, mfc="white", label="one is"),
+    ]
+    fig.legend(handles=handles, loc="outside upper right", ncols=2)
     return fig
+
+
+def _whisker(ax: Axes, y: float, row: dict[str, Any], key: str, beaten: bool) -> None:
+    """Mean and sd of a method; hollow where it is beaten."""
+    inks = {"RH": COLOUR["RH"], "dfrot": COLOUR["DFRot"], "recommended": COLOUR["ink"]}
+    signs = {"RH": "o", "dfrot": "D", "recommended": "*"}
+    name, ink = row["method"], inks.get(row["method"], "#888888")
+    look = {"color": ink, "marker": signs.get(name, "s"), "mfc": "white" if beaten else ink}
+    look["ms"] = 8 if name == "recommended" else 4.5
+    ax.errorbar(row[key]["mean"], y, xerr=row[key]["sd"] or None, ls="", capsize=2, lw=1, **look)
 
 
 def _prefix_numbers(result: dict[str, Any]) -> dict[str, Any]:
