@@ -132,9 +132,7 @@ def _watch(model: nn.Module, tokens: Tensor, receive: Callable[[int, str, Tensor
     ]
     try:
         with torch.inference_mode():
-            model.get_submodule(models.architecture(model).layers.split(".")[0])(
-                tokens.to(next(model.parameters()).device), use_cache=False
-            )
+            models.base(model)(tokens.to(next(model.parameters()).device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -17,6 +17,7 @@ __all__ = [
     "Layer",
     "ModelError",
     "architecture",
+    "base",
     "fold_gains",
     "head",
     "is_folded",
@@ -130,6 +131,11 @@ def norm_sites(model: nn.Module) -> dict[str, nn.Module]:
 def head(model: nn.Module) -> nn.Linear:
     """The language-model head."""
     return model.get_submodule(architecture(model).head)
+
+
+def base(model: nn.Module) -> nn.Module:
+    """The model below its head: embedding, layers and the final norm."""
+    return model.get_submodule(architecture(model).layers.split(".")[0])
 
 
 def is_folded(model: nn.Module) -> bool:

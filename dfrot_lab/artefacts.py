@@ -315,20 +315,39 @@ class Artefacts:
         options |= {"solver": self.solver} if self.solver != "svd" else {}
         stem += f"-{steps}steps" if steps != self.iterations else ""
         stem += f"-{self.solver}" if self.solver != "svd" else ""
-        path = Path(self.folder) / "artefacts" / "rotations" / f"{stem}.safetensors"
         x = self.activations.spaced(given.sites) if given.sites else self.activations
-        key = self._key(options | {"activations": x.metadata["key"]}, (*ROTATION_CODE, *code))
-        with self._locked(path):
-            if path.exists() and rotations.load(path)[1].get("key") == key:
-                return path
+
+        def make(key: str, checkpoint: Path) -> tuple[Tensor, dict[str, Any]]:
             r, log = dfrot.optimize(
                 x, begin(), QuantSpec(symmetric=given.symmetric), given.weighting,
                 iterations=steps, rows=self.rows, device=self.device, qr=given.qr,
                 objective=given.objective, solver=self.solver, relax=given.relax, stop=given.stop,
-                checkpoint=path.with_suffix(".checkpoint"), whose=key, progress=stem,
+                checkpoint=checkpoint, whose=key, progress=stem,
             )  # fmt: skip
-            about = {"key": key, "log": asdict(log)} | options | self.about | self._owner.about
-            return rotations.save(path, r, about)
+            return r, {"log": asdict(log)} | options
+
+        wanted = options | {"activations": x.metadata["key"]}
+        return self.kept_rotation(stem, wanted, make, (*ROTATION_CODE, *code))
+
+    def kept_rotation(
+        self,
+        stem: str,
+        options: dict[str, Any],
+        make: Callable[[str, Path], tuple[Tensor, dict[str, Any]]],
+        code: tuple[str, ...],
+    ) -> Path:
+        """artefacts/rotations/`stem`.safetensors, with R1 and metadata from `make(key, checkpoint)`.
+
+        Taken as it is where it was made by the same `options`, model, text and `code` (modules).
+        """
+        path = Path(self.folder) / "artefacts" / "rotations" / f"{stem}.safetensors"
+        key = self._key(options, code)
+        with self._locked(path):
+            if path.exists() and rotations.load(path)[1].get("key") == key:
+                return path
+            r, about = make(key, path.with_suffix(".checkpoint"))
+            # whose it is: the lab takes no file that does not say it
+            return rotations.save(path, r, {"key": key} | about | self.about | self._owner.about)
 
     # --- keys -------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import select
 import signal
@@ -22,6 +21,11 @@ import yaml
 
 from dfrot_lab import experiments, kept_files, slurm_queue
 from dfrot_lab import notebooks as sources
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ["BatchError", "run"]
 
@@ -63,10 +67,14 @@ def run(
     Raises BatchError if another batch holds the folder, or if what is installed is not the code of the
     checkout; and before anything starts what `notebooks.resolve` raises, for every notebook and every point.
     """
+    if not fcntl:
+        raise BatchError("a batch needs the locks of a Unix system: use `dfrot-lab run`, or WSL")
     if not (root / "Snakefile").is_file():
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
     _check_code(root)
     sources.check_profile(profile, root / "notebooks")
+    if Path(profile).is_file():  # Snakemake runs in `root`
+        profile = os.path.relpath(Path(profile).resolve(), root)
     where = _executor(executor, root)
     kind = _kind(where)
     local = kind == "local"
@@ -105,8 +113,8 @@ def run(
     with _locked(folder) as lock:
         if kind == "slurm":
             slurm_queue.settle(slurm_queue.prefix(folder), _say)
-        kept_files.wait_for_jobs(folder, _say)
-        damaged = kept_files.verify(folder, check)
+        with kept_files.no_jobs(folder, _say):
+            damaged = kept_files.verify(folder, check)
         for line in damaged:
             _say(line)
         if grid:

@@ -14,6 +14,7 @@ __all__ = ["fetch", "named"]
 
 _PACKAGED = {"demo": "wikipedia", "lee": "lee"}  # corpus → asset
 _HUB = ("wikitext2", "c4")
+_OFFLINE = ("last_word", "continuation")  # `zero_shot.OFFLINE`, whose import takes torch
 
 
 def named(profile: str) -> tuple[list[str], list[str]]:
@@ -34,6 +35,12 @@ def _texts(value: Any) -> Iterator[str]:
             yield v
 
 
+def _tasks(profile: str) -> list[str]:
+    """Zero-shot tasks of the hub that `profile` names."""
+    own = profiles.load(profile).get("notebooks", {}).values()
+    return sorted({t for v in own for t in _texts((v or {}).get("tasks")) if t not in _OFFLINE})
+
+
 def fetch(profile: str, progress: Callable[[str], Any] | None = None) -> dict[str, str]:
     """What `profile` names is in the local caches afterwards; name → SHA-256 of an asset, commit of a model.
 
@@ -52,6 +59,11 @@ def fetch(profile: str, progress: Callable[[str], Any] | None = None) -> dict[st
 
             say(f"{model}: {commit}")
             found[model] = str(sources.from_hub(model).revision)
+    for task in _tasks(profile):
+        from dfrot_lab import zero_shot
+
+        say(f"task {task}")
+        zero_shot.fetch(task)
     for corpus in (c for c in texts if c in _HUB):
         for split in corpora.SPLITS:
             say(f"{corpus}: {split}")

@@ -59,7 +59,7 @@ def window_nll(
     """
     device = next(model.parameters()).device
     tokens = window[None].to(device)
-    base = model.get_submodule(models.architecture(model).layers.split(".")[0])
+    base = models.base(model)
     given = {"use_cache": False} if past is None else with_cache(base, past)
     hidden = base(tokens, **given).last_hidden_state[0, :-1]
     targets, total = tokens[0, 1:], 0.0
@@ -96,7 +96,7 @@ def window_kl(model: nn.Module, reference: nn.Module, window: Tensor, rows: int 
     device = next(model.parameters()).device
     tokens, hidden = window[None].to(device), []
     for m in (reference, model):
-        base = m.get_submodule(models.architecture(m).layers.split(".")[0])
+        base = models.base(m)
         hidden.append(base(tokens, use_cache=False).last_hidden_state[0])
     heads, total = [models.head(m) for m in (reference, model)], 0.0
     for pair in zip(*(h.split(rows) for h in hidden), strict=True):

@@ -290,7 +290,7 @@ def _layer_inputs(model: nn.Module, tokens: Tensor) -> tuple[list[Tensor], dict]
         raise _Reached
 
     hook = first.register_forward_pre_hook(stop, with_kwargs=True)
-    base = model.get_submodule(models.architecture(model).layers.split(".")[0])
+    base = models.base(model)
     try:
         for window in tokens:
             with contextlib.suppress(_Reached):

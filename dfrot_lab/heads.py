@@ -40,7 +40,7 @@ def collect(model: nn.Module, tokens: Tensor) -> Tensor:
         return hook
 
     hooks = [p.attention_output.register_forward_pre_hook(keep(p.index)) for p in parts]
-    base = model.get_submodule(models.architecture(model).layers.split(".")[0])
+    base = models.base(model)
     try:
         for window in tokens:
             base(window[None].to(next(model.parameters()).device), use_cache=False)

@@ -15,15 +15,15 @@ __all__ = ["commit", "on_hub", "plain_errors", "quiet_transformers", "snapshot"]
 
 
 def commit(model_id: str, revision: str | None = None) -> str | None:
-    """The commit that `revision` of `model_id` on the hub is; None for other models. Errors as `load`."""
+    """The commit that `revision` of `model_id` on the hub is; None for others. Errors as `models.load`."""
     return snapshot(model_id, revision).name if on_hub(model_id) else None
 
 
 @lru_cache  # one process, one commit; and the hub is asked once
 def snapshot(model_id: str, revision: str | None = None) -> Path:
-    """The folder of the hub's local cache for a commit of `model_id`, config.json there; errors as `load`.
+    """The folder of the hub's local cache for a commit of `model_id`, config.json there.
 
-    With the hub out of reach: the commit that was fetched last.
+    With the hub out of reach: the commit that was fetched last. Errors as `models.load`.
     """
     transformers = quiet_transformers()
     with plain_errors(model_id):

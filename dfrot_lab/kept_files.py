@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows: jobs are recorded, and a batch, which needs it, does not start
     fcntl = None
 
-__all__ = ["MANIFEST", "check", "recording", "replacing", "root", "verify", "wait_for_jobs"]
+__all__ = ["MANIFEST", "check", "no_jobs", "recording", "replacing", "root", "verify"]
 
 MANIFEST = ".manifest.json"
 BATCH_LOCK = ".batch.lock"
@@ -114,7 +114,7 @@ def recording(folder: str | Path) -> Iterator[None]:
     """For a job that writes into `folder`: record what it has written, meanwhile and at its end.
 
     Only files newer than the job are taken: one that was altered before stays what it is, altered.
-    Shares a lock with other jobs that `wait_for_jobs` waits for, and that goes with the process.
+    Shares a lock with other jobs that `no_jobs` waits for, and that goes with the process.
     """
     top = root(folder)
     top.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def recording(folder: str | Path) -> Iterator[None]:
     with (top / _JOBS_LOCK).open("a") as lock:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_SH)
-        os.utime(lock.fileno())  # the file system's clock, which may not be this machine's
+        os.utime(top / _JOBS_LOCK)  # the file system's clock, which may not be this machine's
         since = int(os.fstat(lock.fileno()).st_mtime) * 10**9
 
         def watch() -> None:
@@ -158,29 +158,33 @@ def replacing(path: Path) -> Iterator[None]:
         yield
     finally:
         now = [p for p, at in before.items() if p.is_file() and p.stat().st_mtime_ns != at]
-        top = root(path.parent)
-        if now and (top / MANIFEST).exists():
+        # of links what they lead to: points of a grid share a folder, whose manifest it is in
+        parents = path.resolve().parents
+        top = next((p for p in reversed(parents) if (p / MANIFEST).exists()), None)
+        if now and top:
             with FileLock(top / ".manifest.lock"):
                 known, _ = _read(top)
-                names = {p.absolute().relative_to(top).as_posix(): p for p in now}
+                names = {p.resolve().relative_to(top).as_posix(): p for p in now}
                 new = {n: _entry(p, p.stat()) for n, p in names.items() if n in known}
                 if new:
                     files.write_json(top / MANIFEST, known | new)
 
 
-def wait_for_jobs(folder: Path, say: Callable[[str], Any]) -> None:
-    """Return when no job records into `folder`; a killed batch may have left some running."""
+@contextmanager
+def no_jobs(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
+    """Wait until no job records into `folder`, and keep others from it; a killed batch may have left some."""
     with (folder / _JOBS_LOCK).open("a") as lock:
         waiting = False
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                break
             except OSError:
                 if not waiting:
                     say(f"jobs of an earlier batch or of `dfrot-lab run` use {folder}: waiting")
                 waiting = True
                 time.sleep(0.2)
+        yield
 
 
 def _sweep(folder: Path) -> None:

@@ -30,7 +30,6 @@ CODE = (  # what a measurement rests on
     "dfrot_lab.refinements",
     "dfrot_lab.artefacts",
     "dfrot_lab.lab",
-    "dfrot_lab.quantizers",
     "dfrot_lab.linears",
     "dfrot_lab.quantized_model",
     "dfrot_lab.evaluation",

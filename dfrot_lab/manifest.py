@@ -28,8 +28,9 @@ class ManifestError(ValueError):
 def write(folder: str | Path, published: Iterable[str] | None = None) -> Path:
     """Write folder/SHA256SUMS over every file below `folder`, hidden ones and itself left out.
 
-    published: the subfolders that are new; what the manifest says of the others stays, so that publishing
-    one notebook does not bless what was altered in another. None, or no manifest yet: all of them.
+    published: the subfolders, and files beside them, that are new; what the manifest says of the others
+    stays, so that publishing one notebook does not bless what was altered in another. None, or no manifest
+    yet: all of them.
     """
     folder = Path(folder)
     found = {p.relative_to(folder).as_posix(): p for p in _below(folder)}

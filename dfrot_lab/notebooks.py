@@ -108,9 +108,9 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
     if profile:
         every = _known(notebook.parent) | {notebook.stem: known}
         own = profiles.check(profile, {n: set(p) for n, p in every.items()})[notebook.stem]
-    for name in ("model", "corpus"):  # the kernel starts elsewhere
-        if isinstance(given.get(name), str) and Path(given[name]).exists():
-            given = given | {name: str(Path(given[name]).resolve())}
+    for name in ("model", "corpus", "corpora", "second"):  # the kernel starts elsewhere
+        if name in given:
+            given = given | {name: _absolute(given[name])}
     found = _checked(own | given, known, own if profile in profiles.names() else {})
     model_folders.check(found.get("model"))
     all_of_them = {name: default for name, (_, default) in known.items()} | found
@@ -118,6 +118,17 @@ def resolve(notebook: Path, profile: str | None, given: dict[str, Any]) -> dict[
     cayley = "cayley_length"
     values.check_length(cayley, *(all_of_them.get(name) for name in (cayley, "seqlen")))
     return found
+
+
+def _absolute(value: Any) -> Any:
+    """Where the file or folder of that name is, if there is one; a list likewise. Known names stay."""
+    from dfrot_lab import corpora
+
+    if isinstance(value, list):
+        return [_absolute(v) for v in value]
+    if not isinstance(value, str) or value in ("", "demo", *corpora.CORPORA):
+        return value
+    return str(Path(value).resolve()) if Path(value).exists() else value
 
 
 def check_profile(profile: str, folder: Path) -> None:
@@ -190,6 +201,7 @@ def run(notebook: Path, given: dict[str, Any], output: Path, root: Path) -> Path
     import nbformat
     import papermill
     from jupyter_client.manager import KernelManager
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     if unneeded:
@@ -215,6 +227,11 @@ def run(notebook: Path, given: dict[str, Any], output: Path, root: Path) -> Path
         what = (error.evalue if ours else f"{error.ename}: {error.evalue}").splitlines()[0]
         what += FREE_SPACE if error.evalue.startswith(_FULL) else ""
         raise NotebookError(f"{notebook.stem} failed: {what} (traceback in {growing})") from error
+    except DeadKernelError as error:
+        raise NotebookError(
+            f"{notebook.stem} failed: its kernel was killed, as happens where memory runs out (as far as it "
+            f"came: {growing})"
+        ) from error
     except OSError as error:  # papermill's own writing, which is not atomic
         if error.filename is None:
             growing.unlink(missing_ok=True)

@@ -134,10 +134,10 @@ def _normalized(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Whip(_Smooth):
-    """DartQuant: f = mean exp(−|u|), which pushes entries away from zero; c = 1."""
+    """DartQuant (arXiv 2511.04063): f = Σ exp(−|u|), which pushes entries away from zero; c = 1."""
 
     def value(self, u: Tensor) -> Tensor:
-        """Mean of exp(−|u|)."""
+        """f/d, for the log."""
         return torch.exp(-u.abs()).mean(-1)
 
     def slope(self, u: Tensor) -> Tensor:
@@ -150,10 +150,13 @@ class Whip(_Smooth):
 
 
 class Kurtosis(_Smooth):
-    """KurTail: f = mean u⁴/4; c = 3 max u², of each row as it is (so the descent is not proven)."""
+    """KurTail (arXiv 2503.01483): f = Σ u⁴/4; c = 3 max u², of each row as it is.
+
+    So the descent is not proven.
+    """
 
     def value(self, u: Tensor) -> Tensor:
-        """Mean of u⁴/4."""
+        """f/d, for the log."""
         return u.square().square().mean(-1) / 4
 
     def slope(self, u: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ class Kurtosis(_Smooth):
 
 
 class SoftPeak(_Smooth):
-    """A smooth maximum, f = log Σ cosh(βu)/β: our reading of InfoQuant's peak suppression (2605.26175).
+    """A smooth maximum, f = log Σ cosh(βu)/β: our reading of InfoQuant (arXiv 2605.26175).
 
     cosh and not exp(|·|), whose kink at zero would hold entries there. c = β·(largest share of Σ cosh) of
     each row as it is (so the descent is not proven).

@@ -22,7 +22,7 @@ FIGURES = 5  # of the estimates, the first: what `make figures` runs, with what 
 # the demo profile on two quiet AVX-512 cores, to hold an estimate against
 MEASURED = {
     "05_tables": "about 60 min",
-    "06_reviewers_questions": "10–20 min",
+    "06_reviewers_questions": "10–30 min",
     "07_int4_kernels": "about 3 min",
     "08_why_it_works": "about 1 min",
     "09_objectives": "about 90 min",

@@ -53,7 +53,7 @@ def perplexity(
             "the prefix is empty: give at least one token, or use evaluation.perplexity"
         )
     device = next(model.parameters()).device
-    base = model.get_submodule(models.architecture(model).layers.split(".")[0])
+    base = models.base(model)
     quantized_model.requantize(model, rotation, replace(spec, activations=None, kv=None))
     try:
         past = DynamicCache(config=base.config)

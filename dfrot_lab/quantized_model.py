@@ -232,7 +232,7 @@ def _calibrate(
     model: nn.Module, quantizers: list[InputQuantizer], spec: QuantSpec, tokens: Tensor
 ) -> None:
     device = next(model.parameters()).device
-    base = model.get_submodule(models.architecture(model).layers.split(".")[0])
+    base = models.base(model)
     for quantizer in quantizers:
         quantizer.seen = []
     try:

@@ -115,7 +115,7 @@ def check(r: Tensor, d: int, name: str = "R1") -> Tensor:
     if not error <= TOLERANCE:
         raise RotationError(
             f"{name} is not orthogonal: max|RᵀR − I| = {error:.3g} > {TOLERANCE:g}; "
-            "project it with dfrot.polar or make it again in fp64"
+            "project it with dfrot_lab.polar.polar or make it again in fp64"
         )
     return r
 

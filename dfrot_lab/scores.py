@@ -87,7 +87,7 @@ def of_folder(
     model, tokenizer, about = quantized_folder.load(folder, device=lab.device)
     lab.__dict__["tokenizer"] = tokenizer
     found = evaluation.perplexity(model, lab.evaluation_tokens(windows))
-    row = {k: about.get(k) for k in ("rotation", "seed", "bits", "gamma", "method")}
+    row = {k: about.get(k) for k in ("model", "rotation", "seed", "bits", "gamma", "method")}
     row |= {"ppl": found.value, "nll": found.nll, "windows": len(found.nll), "tasks": []}
     for task in tasks:
         found = zero_shot.evaluate(model, tokenizer, task, corpus=lab.corpus, items=items)

@@ -24,7 +24,7 @@ from dfrot_lab.models import ModelError
 from dfrot_lab.refinements import parse_rotation
 from dfrot_lab.text_tasks import TaskError
 
-__all__ = ["OFFLINE", "STOCK", "TaskError", "check", "evaluate", "measure", "with_means"]
+__all__ = ["OFFLINE", "STOCK", "TaskError", "check", "evaluate", "fetch", "measure", "with_means"]
 
 # task → the metric that is reported: acc_norm where the task has it, as in the paper
 OFFLINE = {"last_word": "acc", "continuation": "acc_norm"}
@@ -128,6 +128,11 @@ def _hash(samples: list[list[dict[str, Any]]]) -> str:
     return hash_string(
         "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for t in samples for s in t)
     )
+
+
+def fetch(task: str) -> None:
+    """The items of a task of the hub are in the local cache afterwards; TaskError where they cannot be."""
+    _load(task, "", 0)
 
 
 def _load(task: str, corpus: str, items: int) -> dict[str, Any]:

@@ -10,7 +10,15 @@ import torch
 from click.testing import CliRunner
 from conftest import logits
 
-from dfrot_lab import evaluation, models, profiles, quantized_folder, scores, side_by_side
+from dfrot_lab import (
+    evaluation,
+    kept_files,
+    models,
+    profiles,
+    quantized_folder,
+    scores,
+    side_by_side,
+)
 from dfrot_lab.cli import app
 from dfrot_lab.lab import Lab
 from dfrot_lab.models import ModelError
@@ -70,14 +78,20 @@ def test_quantize_and_eval_agree(smoke, tmp_path):
     assert done.exit_code == 0, done.output
     again = invoke("quantize", *smoke, *method, "--out", tmp_path / "q")
     assert again.exit_code == 1 and "exists: choose another folder" in again.output
-    ask = ("eval", *smoke, *method, "--windows", 1, "--zero-shot", "--items", 4)
-    by_name = invoke(*ask, "--rotation", "RH", "--out", tmp_path / "name.json")
+    ask = ("eval", *smoke, "--windows", 1, "--zero-shot", "--items", 4)
+    by_name = invoke(*ask, *method, "--rotation", "RH", "--out", tmp_path / "name.json")
     assert by_name.exit_code == 0, by_name.output
     assert "RTN" in by_name.output and "last_word [%]" in by_name.output
     by_folder = invoke(*ask, "--quantized", tmp_path / "q", "--out", tmp_path / "folder.json")
     assert by_folder.exit_code == 0, by_folder.output
     rows = [json.loads((tmp_path / f"{n}.json").read_text())["rows"][0] for n in ("name", "folder")]
     assert rows[0]["ppl"] == rows[1]["ppl"] and rows[0]["tasks"] == rows[1]["tasks"]
+    about = json.loads((tmp_path / "folder.json").read_text())["about"]
+    assert (about["model"], about["quantized"]) == ("tiny:llama", str(tmp_path / "q"))
+    both = invoke(*ask, "--quantized", tmp_path / "q", "--seed", 1, "--rotation", "RH")
+    assert both.exit_code == 2 and "--quantized settles --rotation, --seed" in both.output
+    # what was measured is recorded: the next batch does not take it for altered
+    assert set(kept_files.check(smoke[-1]).values()) == {"recorded"}
     assert [t["task"] for t in rows[0]["tasks"]] == ["last_word", "continuation"]
 
 

@@ -194,6 +194,7 @@ def test_codes_of_every_layer_are_compared(lab, packed, backend):
 def test_codes_that_differ_are_counted(lab, packed, monkeypatch):
     monkeypatch.setattr(reference, "hadamard_quantize", reference.quantize_int4)  # R4 left out
     rows = int4_model.codes(lab, packed, 0, 8, "torch")
+    assert len(rows) == 2 * len(int4_model.ROLES)
     for r in rows:
         assert (r["equal"] < r["codes"]) == (r["input"] == int4_model.ROLES[3])
 

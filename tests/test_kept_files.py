@@ -204,7 +204,7 @@ def test_jobs_are_waited_for(folder):
     thread = threading.Thread(target=job)
     thread.start()
     started.wait()
-    kept_files.wait_for_jobs(folder, said.append)
-    order.append("batch")
+    with kept_files.no_jobs(folder, said.append):
+        order.append("batch")
     thread.join()
     assert order == ["job", "batch"] and len(said) == 1 and str(folder) in said[0]

@@ -130,12 +130,21 @@ def test_another_rotation_in_the_same_file_is_measured(lab, tmp_path):
     assert found[1] == alone != found[0]
 
 
-def test_what_is_added_by_hand_is_not_taken_for_altered(lab):
-    """A notebook run by hand is no job that records."""
-    lab.perplexity("RH", 0, windows=1)
-    (lab.folder / kept_files.BATCH_LOCK).touch()
-    assert kept_files.verify(lab.folder) == []
-    two = Lab(**SMALL, folder=lab.folder).perplexity("RH", 0, windows=2)
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_is_added_by_hand_is_not_taken_for_altered(lab, batch, shared):
+    """A notebook run by hand is no job that records; a point of a grid has links to what it shares."""
+    with kept_files.recording(lab.folder):
+        lab.perplexity("RH", 0, windows=1)
+    if batch:
+        (lab.folder / kept_files.BATCH_LOCK).touch()
+    home = lab.folder / "grid" / "point" if shared else lab.folder
+    if shared:
+        home.mkdir(parents=True)
+        for name in ("artefacts", "measurements", ".locks"):
+            (home / name).symlink_to(lab.folder / name)
+    two = Lab(**SMALL, folder=home).perplexity("RH", 0, windows=2)
+    assert set(kept_files.check(lab.folder).values()) == {"recorded"}
     assert kept_files.verify(lab.folder, thorough=True) == []
     assert Lab(**SMALL, folder=lab.folder).perplexity("RH", 0, windows=2) == two
 

@@ -46,8 +46,6 @@ TABLE = {
 
 def test_the_committed_numbers_are_those_of_the_page():
     table = files.read_json(ROOT / "figures" / "llama_formats.json")
-    if "cells" not in table:
-        pytest.skip("figures/llama_formats.json is of an earlier form of the script: run it anew")
     page = (ROOT / "docs" / "export.md").read_text()
     assert f"{llama_table.MARK}\n{llama_table.markdown(table)}\n{llama_table.MARK}" in page
     wanted = Perplexity(table["transformers"]).value

@@ -166,8 +166,8 @@ def test_a_benchmark_gets_its_line_and_blesses_nothing_else(tmp_path):
     files.write_json(to / "01_fake" / "result.json", {"value": 1})
     manifest.write(to)
     files.write_json(to / "01_fake" / "result.json", {"value": 2})
-    files.write_json(to / "speed.json", {"rows": []})
-    for source in (to / "speed.json", tmp_path / "elsewhere.json"):
+    files.write_json(to / "optimiser.json", {"rows": []})
+    for source in (to / "optimiser.json", tmp_path / "elsewhere.json"):
         files.write_json(source, {"rows": [1]})
         done = CliRunner().invoke(app, ["publish", str(source), "--to", str(to)])
         assert done.exit_code == 0, done.output

@@ -467,6 +467,36 @@ def _objectives(infinite: bool) -> dict:
     }
 
 
+def test_a_method_that_overflows_is_left_out_of_cost_and_quality():
+    """Saved, infinity is a string."""
+    result = json.loads(json.dumps(_objectives(False)))
+    result["pareto"][1]["ppl_w16"] = {"mean": "inf", "sd": "nan", "n": 3}
+    fig = plots.draw("cost_and_quality", result)
+    assert len(fig.axes[0].containers) == len(result["pareto"]) - 1
+    assert len(fig.axes[1].containers) == len(result["pareto"])
+
+
+def test_methods_that_a_cheaper_one_beats_are_hollow():
+    result = _objectives(False)
+    result["pareto"] = [
+        r | {k: r[k] | {"mean": m} for k in ("ppl_w16", "kl_w16", "ppl") if k in r}
+        for r, m in zip(result["pareto"], (5.0, 3.0, 4.0, 3.5, 1.0), strict=True)
+    ]
+    fig = plots.draw("cost_and_quality", result)
+    by_row = {c[0].get_ydata()[0]: c[0].get_markerfacecolor() for c in fig.axes[0].containers}
+    names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    hollow = {names[int(y)] for y, face in by_row.items() if face == "white"}
+    assert hollow == {"recommended", "cube corners, γ = 10"}
+
+
+def test_chance_is_drawn_and_nr_told_in_words():
+    fig = plots.draw("zero_shot_accuracy", _zero_shot([0, 1], False))
+    chance = [ax for ax in fig.axes if any(100 / 3 in x.get_ydata() for x in ax.lines)]
+    assert [ax.get_title(loc="left") for ax in chance] == ["continuation"]
+    told = [t.get_text() for t in fig.axes[3].texts]
+    assert told and told[0].startswith("NR, 4-4-16: −4.0")
+
+
 def _zero_shot(seeds, infinite: bool) -> dict:
     names, tasks = ("FP", "NR", "RO", "RH", "DFRot(RH)"), ("last_word", "continuation")
     settings = {"4-4-16": len(seeds), "4-4-4": 1}

@@ -230,7 +230,9 @@ def test_kept_tokens_bypass_only_the_inputs_that_read_the_norms(llama):
 def test_first_keeps_position_zero_of_each_sequence(llama):
     built = build(llama, ROTATIONS["R1"], ModelSpec(keep="first"))
     logits(built, random_tokens(0, (3, 7)))
-    for count in quantized_model.kept_tokens(built).values():
+    kept = quantized_model.kept_tokens(built)
+    assert len(kept) == 4
+    for count in kept.values():
         assert count.tolist() == [3, 0, 0, 0, 0, 0, 0]
 
 

@@ -59,7 +59,7 @@ def test_rows_that_share_a_model_come_together(monkeypatch):
     asked = []
 
     class Fake:
-        def perplexity(self, name, seed, *, keep, bits, windows):
+        def perplexity(self, name, seed, *, keep, bits, windows, gamma):
             asked.append((name, seed, keep))
 
     grid = [["FP", "none"], ["RO", "none"], ["RH", "none"], ["RO", "massive"]]
@@ -313,3 +313,12 @@ def test_closing_rows_at_the_bits_of_the_headline_are_not_counted_twice():
     assert found == refined_rotation.summary(rows, [])
     other = [r | {"bits": "4-4-16"} for r in again]
     assert len(refined_rotation.summary(rows, other)["rows"]) == len(rows) + 2
+
+
+def test_refined_rotations_have_the_weight_that_is_asked_for(tmp_path):
+    lab = Lab(
+        model="tiny:llama", corpus="pydoc", seqlen=64, iterations=3, clip_steps=2, folder=tmp_path
+    )
+    (row,) = perplexities.perplexities(lab, [["DFRot(RH)", "none"]], [0], 1, "16-4-16", gamma=7.0)
+    assert row["gamma"] == "7.0"
+    assert row["ppl"] == lab.perplexity("DFRot(RH)", 0, windows=1, gamma=7.0)["ppl"]

@@ -290,10 +290,6 @@ def test_measured_on_a_tiny_model_once(tmp_path, monkeypatch):
             study.measure(lab, *ask[:5], tasks, 1, 4, 16)
 
 
-@pytest.mark.skipif(
-    not PUBLISHED.is_file(),
-    reason="figures/10_zero_shot holds no result: run `make zeroshot` and `make publish`",
-)
 def test_the_published_order_is_as_measured():
     result = files.read_json(PUBLISHED)
     assert [t["task"] for t in result["tasks"]] == ["last_word", "continuation"]

@@ -37,6 +37,8 @@ class _Group(click.Group):
             raise
         except profiles.ProfileError as error:
             raise click.UsageError(str(error)) from error
+        except BrokenPipeError:  # nobody reads on: click ends quietly
+            raise
         except OSError as error:
             raise click.ClickException(_os_error(error)) from error
         except Exception as error:
@@ -49,7 +51,8 @@ class _Group(click.Group):
 
 
 def _os_error(error: OSError) -> str:
-    said = f"{error.strerror or error}: {error.filename}"
+    said = str(error.strerror or error)
+    said += f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         from dfrot_lab.notebooks import FREE_SPACE
 

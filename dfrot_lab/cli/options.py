@@ -92,7 +92,10 @@ def lab(profile: str, folder: Path | None, **given):
     values |= {k: v for k, v in given.items() if v is not None}
     own = [str(given[k]) for k in ("model", "corpus") if given.get(k)]
     if own and folder is None:
-        folder = Path("results") / re.sub(r"[^\w.-]+", "-", "-".join(own)).strip("-.")
+        name = re.sub(r"[^\w.-]+", "-", "-".join(own)).strip("-.")
+        if name in profiles.names():  # that folder is the profile's
+            name = f"{Path(profile).stem}-{name}"
+        folder = Path("results") / name
     return Lab(**values | {"folder": folder or home(profile)})
 
 

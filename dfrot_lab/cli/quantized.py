@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from dfrot_lab import __version__, values
 from dfrot_lab.cli import options
@@ -60,8 +61,9 @@ def quantize(profile, model, corpus, rotation, gamma, bits, method, seed, folder
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Also write the numbers there (.json)."
 )
+@click.pass_context
 def evaluate(
-    profile, model, corpus, rotation, quantized, gamma, bits, method, seed, windows, zero_shot,
+    ctx, profile, model, corpus, rotation, quantized, gamma, bits, method, seed, windows, zero_shot,
     task, items, folder, out,
 ) -> None:  # fmt: skip
     """Perplexity, and zero-shot accuracy through lm-eval, as a table; what is measured is kept.
@@ -71,21 +73,28 @@ def evaluate(
     from dfrot_lab import files, kept_files, scores
     from dfrot_lab.zero_shot import OFFLINE
 
+    settled = ("rotation", "gamma", "bits", "method", "seed", "model") if quantized else ()
+    given = [n for n in settled if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    if given:
+        told = ", ".join(f"--{name}" for name in given)
+        raise click.UsageError(f"--quantized settles {told}: leave one or the other out")
     names = list(rotation) or ["FP", "RO", "RH", "DFRot(RH)"]
     rotated = [name for name in names if name != "FP"]
     values.check(rotation=rotated, gamma=gamma, bits=bits, windows=windows, items=items)
     tasks = list(dict.fromkeys([*(OFFLINE if zero_shot else ()), *task]))
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
     how, paired = {"windows": windows, "tasks": tasks, "items": items}, []
+    about = dict(lab.about)
     if quantized:
         rows = [scores.of_folder(lab, quantized, **how)]
+        about |= {"model": rows[0].pop("model"), "quantized": str(quantized)}
     else:
         how |= {"bits": bits, "method": method, "gamma": gamma}
         with kept_files.recording(lab.folder):
             rows = scores.measured(lab, names, seed, **how)
         paired = scores.differences(rows)
     if out:
-        files.write_json(out, {"rows": rows, "differences": paired, "about": lab.about})
+        files.write_json(out, {"rows": rows, "differences": paired, "about": about})
     click.echo(scores.scores_table(rows))
     if paired:
         click.echo(f"\n{scores.differences_table(paired)}")

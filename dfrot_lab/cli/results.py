@@ -88,9 +88,12 @@ def publish(folder: Path, to: Path) -> None:
 
     FOLDER may also be the .json of a benchmark, written into figures/ or elsewhere.
     """
-    from dfrot_lab import manifest
+    from dfrot_lab import files, manifest
 
     if folder.is_file() and folder.suffix == ".json":
+        if folder.name in ("result.json", "provenance.json", "speed.json"):
+            raise click.ClickException(f"{folder} is a notebook's: publish the folder of its run")
+        files.read_json(folder)
         target = to / folder.name
         to.mkdir(parents=True, exist_ok=True)
         if not (target.exists() and target.samefile(folder)):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dfrot_lab import files, models, quantized_model
-from dfrot_lab.exports import checks, compressed_checks, huggingface, workplaces
+from dfrot_lab.exports import checks, compressed_checks, huggingface, staging
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 from dfrot_lab.linears import InputQuantizer, QuantLinear, grid
 from dfrot_lab.quantized_model import ModelSpec
@@ -69,7 +69,7 @@ def write(
         if (again - weight).abs().max() > 8 * torch.finfo(stored.dtype).eps * weight.abs().max():
             raise ExportError(f"{name}: codes times steps are not its weight; please report this")
         weight.copy_(again)
-    with workplaces.beside(target) as work:
+    with staging.beside(target) as work:
         folder = work / "model"
         lm = _unquantized(built, quantized)
         lm.config = config

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dfrot_lab import checkpoints
-from dfrot_lab.exports import checks, huggingface, vocabularies, workplaces
+from dfrot_lab.exports import checks, huggingface, staging, vocabularies
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 
 __all__ = ["DTYPES", "reorder", "write"]
@@ -51,7 +51,7 @@ def write(
     if dtype not in DTYPES:
         raise ExportError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
     shape = _Shape(source)
-    with workplaces.beside(target) as work:
+    with staging.beside(target) as work:
         folder = source.folder
         if recipe.parts:
             folder = checkpoints.merge(source.folder, work / "model", recipe.rotations)

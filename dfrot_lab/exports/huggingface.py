@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dfrot_lab import checkpoints, files
-from dfrot_lab.exports import checks, workplaces
+from dfrot_lab.exports import checks, staging
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 
 __all__ = ["merged", "stored_dtype", "write"]
@@ -25,7 +25,7 @@ def write(source: Source, target: str | Path, recipe: Recipe) -> dict[str, Any]:
     target = Path(target)
     if target.exists():
         raise ExportError(f"{target} exists: choose another folder, or delete it")
-    with workplaces.beside(target) as work:
+    with staging.beside(target) as work:
         folder = merged(source, work / "model", recipe)
         dtype = stored_dtype(folder)
         wanted = checks.logits(checks.plain(source.folder))

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from dfrot_lab import assets, checkpoints, files, hub, models, rotation_files, rotations
-from dfrot_lab.exports import workplaces
+from dfrot_lab.exports import staging
 from dfrot_lab.owners import Owner, fingerprint
 from dfrot_lab.rotations import Rotations
 
@@ -116,7 +116,7 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
         yield _checked(from_hub(model, revision))
     else:
         gguf = assets.path("smollm2") if model == "demo" else path if path.is_file() else None
-        with workplaces.beside((near or Path(tempfile.gettempdir())) / "source") as work:
+        with staging.beside((near or Path(tempfile.gettempdir())) / "source") as work:
             lm = models.load(model, fold=False)
             lm.save_pretrained(work / "model")
             models.load_tokenizer(model).save_pretrained(work / "model")

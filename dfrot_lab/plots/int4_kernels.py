@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def nibble_packing(result: dict[str, Any]) -> Figure:
 def _size(n: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
-            return f"{n / size:#.3g}".rstrip(".") + f" {unit}"
+            return f"{n / size:,.{max(0, 2 - int(math.log10(n / size)))}f} {unit}"
     return f"{n:.0f} B"
 
 

@@ -124,7 +124,9 @@ def dots(
     ink = COLOUR[name]
     if len(values) > 1:
         mean, sd = values.mean(), values.std(ddof=1)
-        ends = [[mean - values.min()], [values.max() - mean]] if whole else sd
+        # of equal values the mean may lie a last bit beyond them
+        range_ = [[max(0.0, mean - values.min())], [max(0.0, values.max() - mean)]]
+        ends = range_ if whole else sd
         ax.errorbar(x, mean, ends, color=ink, alpha=alpha, capsize=2.5, lw=1.1, zorder=3)
     face = "white" if name == "RH2" else ink
     ax.plot(

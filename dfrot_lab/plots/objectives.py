@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -130,7 +131,15 @@ def _beaten(row: dict[str, Any], rows: list[dict[str, Any]], key: str) -> bool:
 @figure(NOTEBOOK, _pareto_numbers)
 def cost_and_quality(result: dict[str, Any]) -> Figure:
     """A row a method, by cost: what it gives, mean and sd over seeds, and what it costs."""
-    rows = sorted(result["pareto"], key=lambda r: (r["cost"], -r["ppl_w16"]["mean"]))
+    # saved, what overflowed is a string
+    rows = [
+        {
+            k: {n: float(array(x)) for n, x in v.items()} if isinstance(v, dict) else v
+            for k, v in r.items()
+        }
+        for r in result["pareto"]
+    ]
+    rows.sort(key=lambda r: (r["cost"], -np.nan_to_num(r["ppl_w16"]["mean"], nan=np.inf)))
     bits = result["confirm"][0]["bits"]
     fig = style.new(PAGE, 0.95 + 0.19 * len(rows))
     *axes, cost = fig.subplots(1, 4, sharey=True, width_ratios=(1, 1, 1, 0.7))
@@ -138,7 +147,7 @@ def cost_and_quality(result: dict[str, Any]) -> Figure:
     kinds["ppl"] = f"perplexity,\n{bits}, GPTQ"
     for ax, (key, text) in zip(axes, kinds.items(), strict=True):
         for y, r in enumerate(rows):
-            if key in r:
+            if key in r and np.isfinite(r[key]["mean"]):
                 _whisker(ax, y, r, key, _beaten(r, [o for o in rows if key in o], key))
         ax.set_xlabel(text)
         ax.xaxis.set_major_locator(MaxNLocator(3))
@@ -170,7 +179,15 @@ def _whisker(ax: Axes, y: float, row: dict[str, Any], key: str, beaten: bool) ->
     name, ink = row["method"], inks.get(row["method"], "#888888")
     look = {"color": ink, "marker": signs.get(name, "s"), "mfc": "white" if beaten else ink}
     look["ms"] = 8 if name == "recommended" else 4.5
-    ax.errorbar(row[key]["mean"], y, xerr=row[key]["sd"] or None, ls="", capsize=2, lw=1, **look)
+    ax.errorbar(
+        row[key]["mean"],
+        y,
+        xerr=np.nan_to_num(row[key]["sd"]) or None,
+        ls="",
+        capsize=2,
+        lw=1,
+        **look,
+    )
 
 
 def _prefix_numbers(result: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import yaml
 
 from dfrot_lab.files import project_root
 
-__all__ = ["ProfileError", "check", "load", "names", "notebook_parameters"]
+__all__ = ["ProfileError", "check", "load", "names"]
 
 _HERE = Path(__file__).resolve().parent
 _SECTIONS = ("base", "common", "notebooks", "rotations", "resources")
@@ -93,11 +93,6 @@ def _in_full(profile: str, sections: dict[Any, Any], known: list[str]) -> dict[s
             )
         out[full] = parameters or {}
     return out
-
-
-def notebook_parameters(profile: str, notebook: str, known: set[str]) -> dict[str, Any]:
-    """What `profile` sets for `notebook`; ProfileError if it names a parameter it does not have."""
-    return _of_notebook(profile, load(profile), notebook, known)
 
 
 def _of_notebook(

@@ -16,7 +16,6 @@ from dfrot_lab import (
     evaluation,
     heads,
     models,
-    owners,
     prefix,
     quantized_model,
     rotations,
@@ -45,23 +44,21 @@ def by_task_loss(
     if not 1 <= length <= lab.seqlen:
         raise LabError(f"cayley_length = {length}: use 1 to seqlen, {lab.seqlen}")
     out, tokens = [], lab.calibration_tokens[:, : lab.seqlen // length * length]
-    home = Path(lab.folder) / "artefacts" / "rotations"
     for name in starts:
         start = lab.rotation(name, seed)
-        path = home / f"Cayley-{name}-seed{seed}.safetensors"
         about = {"steps": steps, "length": length, "start": _digest(start.tolist())}
         about |= {"tokens": corpora.fingerprint(tokens)}
-        key = lab._key(about, (*CODE, "dfrot_lab.cayley"))
-        with lab._locked(path):
-            if not path.exists() or rotations.load(path)[1].get("key") != key:
-                r, losses = cayley.refine(
-                    lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name,
-                    checkpoint=path.with_suffix(".checkpoint"), whose=key,
-                )  # fmt: skip
-                # the lab takes no file that does not say whose it is
-                about |= {"key": key, "losses": losses} | owners.of(lab.model).about
-                rotations.save(path, r, about)
-            losses = rotations.load(path)[1]["losses"]
+
+        def make(key: str, checkpoint: Path, name=name, start=start, about=about) -> tuple:
+            r, losses = cayley.refine(
+                lab.lm, tokens.reshape(-1, length), start, QuantSpec(), steps=steps, progress=name,
+                checkpoint=checkpoint, whose=key,
+            )  # fmt: skip
+            return r, about | {"losses": losses}
+
+        code = (*CODE, "dfrot_lab.cayley")
+        path = lab.kept_rotation(f"Cayley-{name}-seed{seed}", about, make, code)
+        losses = rotations.load(path)[1]["losses"]
         row = {"start": name, "steps": steps, "tokens": steps * length, "losses": losses}
         row |= {"before": unseen.measured(lab, name, seed, which)["ppl"]}
         row |= {"ppl": unseen.measured(lab, str(path), seed, which)["ppl"]}

@@ -15,7 +15,6 @@ from dfrot_lab.studies.perplexities import gamma_sweep, paired, table
 __all__ = ["calibration", "claims", "gamma_sweep", "measure", "summary"]
 
 TABLE1 = (("NR", "none"), ("RO", "none"), ("RO", "massive"), ("RH", "none"), ("RH", "massive"))
-TABLE2 = (("RH", "none"), ("DFRot(RH)", "none"))
 COMPARED = ("RO", "RH", "DFRot(RO)", "DFRot(RH)")  # RTN against GPTQ
 
 

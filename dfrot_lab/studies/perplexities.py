@@ -14,9 +14,17 @@ __all__ = ["gamma_sweep", "paired", "perplexities", "table"]
 
 
 def perplexities(
-    lab: Lab, rows: list[list[str]], seeds: list[int], windows: int, bits: str
+    lab: Lab,
+    rows: list[list[str]],
+    seeds: list[int],
+    windows: int,
+    bits: str,
+    gamma: float = 100.0,
 ) -> list[dict[str, Any]]:
-    """`Lab.perplexity` for every [rotation, keep] of `rows` and every seed (FP and NR have none)."""
+    """`Lab.perplexity` for every [rotation, keep] of `rows` and every seed (FP and NR have none).
+
+    gamma: of refined rotations.
+    """
     order = list(dict.fromkeys(name for name, _ in rows))
     grid = [
         (name, keep, seed)
@@ -29,7 +37,8 @@ def perplexities(
     out = []
     for name, keep, seed in bar:
         bar.set_postfix_str(f"{name} keep={keep} seed={seed}", refresh=False)
-        out.append(lab.perplexity(name, seed, bits=bits, keep=keep, windows=windows))
+        how = {"bits": bits, "keep": keep, "windows": windows, "gamma": gamma}
+        out.append(lab.perplexity(name, seed, **how))
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dfrot_lab import activations, dfrot, evaluation, massive, rotations
+from dfrot_lab import activations, dfrot, evaluation, files, massive, rotations
 from dfrot_lab.evaluation import Perplexity, spread
-from dfrot_lab.lab import Lab, parse_rotation
+from dfrot_lab.lab import CODE, Lab, parse_rotation
 from dfrot_lab.quantizers import QuantSpec
 from dfrot_lab.results import Claim, rounded
 from dfrot_lab.studies.invariance import surfaces
@@ -57,10 +58,10 @@ def clipping(lab: Lab, clips: list[float], seed: int, windows: int) -> list[dict
 def transfer(lab: Lab, corpora: list[str], seed: int, windows: int) -> list[dict[str, Any]]:
     """Perplexity on each corpus of RH and of DFRot(RH) refined on each corpus."""
     labs = {c: lab if c == lab.corpus else lab.with_corpus(c) for c in corpora}
-    files = {c: str(x.rotation_file("DFRot(RH)", seed)) for c, x in labs.items()}
+    refined = {c: str(x.rotation_file("DFRot(RH)", seed)) for c, x in labs.items()}
     out = []
     for test, here in tqdm(labs.items(), desc="corpora"):
-        for source, name in {"none": "RH", **files}.items():
+        for source, name in {"none": "RH", **refined}.items():
             ppl = here.perplexity(name, seed, windows=windows)["ppl"]
             out.append({"calibrated": source, "tested": test, "ppl": ppl})
     return out
@@ -71,15 +72,19 @@ def recollected(lab: Lab, rounds: int, seed: int, windows: int) -> list[dict[str
     path = lab.rotation_file("DFRot(RH)", seed)
     out = [{"round": 0, "ppl": lab.perplexity(str(path), seed, windows=windows)["ppl"]}]
     for k in range(1, rounds + 1):
-        r, about = rotations.load(path)
-        model = lab.quantized(str(path), seed)
-        r, log = refined_again(lab, model, r, lab.iterations, progress=f"round {k}")
-        path = (
-            Path(lab.folder) / "artefacts" / "rotations" / f"recollected-{k}-seed{seed}.safetensors"
-        )
-        rotations.save(path, r, about | {"round": k})
+
+        def make(key: str, checkpoint: Path, k: int = k, path: Path = path) -> tuple:
+            r, model = rotations.load(path)[0], lab.quantized(str(path), seed)
+            r, log = refined_again(lab, model, r, lab.iterations, progress=f"round {k}")
+            return r, {"log": asdict(log), "round": k}
+
+        about = {"round": k, "from": files.sha256(path), "seed": seed, "rows": lab.rows}
+        about |= {"iterations": lab.iterations, "solver": lab.solver}
+        code = (*CODE, "dfrot_lab.studies.questions")
+        path = lab.kept_rotation(f"recollected-{k}-seed{seed}", about, make, code)
         ppl = lab.perplexity(str(path), seed, windows=windows)["ppl"]
-        out.append({"round": k, "ppl": ppl, "loss": float(f"{log.rotated[-1]:.6g}")})
+        loss = rotations.load(path)[1]["log"]["rotated"][-1]
+        out.append({"round": k, "ppl": ppl, "loss": float(f"{loss:.6g}")})
     return out
 
 

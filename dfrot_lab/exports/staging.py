@@ -1,4 +1,4 @@
-"""Workplace: a folder beside an export's place, where it is made and checked before it is moved there."""
+"""Staging: a folder beside an export's place, where it is made and checked before it is moved there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 __all__ = ["beside"]
 
 _LOCK = ".lock"
-_FRESH = 60.0  # seconds within which a new workplace takes its lock
+_FRESH = 60.0  # seconds within which a new folder takes its lock
 
 
 @contextmanager
