@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from dfrot_lab import files, models, rotations
+from dfrot_lab import files, models, rotations, staging
 from dfrot_lab.models import Architecture, ModelError
 from dfrot_lab.rotations import RotationError, Rotations
 
-__all__ = ["head_dim", "merge", "shapes", "shards", "sizes"]
+__all__ = ["head_dim", "merge", "open_shard", "shapes", "shards", "sizes"]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -56,11 +55,13 @@ def merge(source: str | Path, target: str | Path, rotation: Rotations) -> Path:
         raise OSError(
             28, f"{free / 1e9:.1f} GB free where {1.05 * size / 1e9:.1f} are needed", str(target)
         )
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
-    try:
+    with staging.beside(target) as work:
+        partial = work / "whole"
+        partial.mkdir()
         with ExitStack() as stack:
-            opened = {n: stack.enter_context(safe_open(source / n, framework="pt")) for n in names}
+            opened = {n: stack.enter_context(open_shard(source / n)) for n in names}
             where = {k: f for f in opened.values() for k in list(f.keys())}
+            _check_names(config, row, where, source)
             tensors = _Tensors(config, row, rotation, where)
             bar = stack.enter_context(
                 tqdm(total=len(tensors.where), desc="merging", unit="tensor", mininterval=2)
@@ -68,14 +69,37 @@ def merge(source: str | Path, target: str | Path, rotation: Rotations) -> Path:
             placed = {}
             for name, file in opened.items():
                 placed |= dict.fromkeys(tensors.write(partial / name, file, bar), name)
-        done = ["gains"]
+        done = [*(config.get("dfrot_merged") or []), "gains"]
         done += [n for n in ("R1", "R2") if getattr(rotation, n) is not None]
+        done = list(dict.fromkeys(done))
         _finish(source, partial, config | {"dfrot_merged": done}, placed)
         files.readable(partial)
         os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def open_shard(path: Path) -> safe_open:
+    """A safetensors file, to be used in a with statement; ModelError if it is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}): it is damaged or cut short, fetch it again"
+        ) from error
+
+
+def _check_names(config: dict[str, Any], row: Architecture, where: Any, source: Path) -> None:
+    """ModelError unless every tensor that a rotation turns is there under the name that it is looked for."""
+    parts = (row.attention_norm, row.mlp_norm, *row.attention_inputs, row.attention_output)
+    parts += (*row.mlp_inputs, row.mlp_output)
+    wanted = [f"{row.embedding}.weight", f"{row.final_norm}.weight"]
+    for layer in range(config["num_hidden_layers"]):
+        wanted += [f"{row.layers}.{layer}.{part}.weight" for part in parts]
+    if missing := next((name for name in wanted if name not in where), None):
+        raise ModelError(
+            f"{source} has no tensor {missing}: take a checkpoint of the whole causal model, as "
+            "AutoModelForCausalLM saves it"
+        )
 
 
 def shapes(source: str | Path) -> dict[str, tuple[str, list[int]]]:
@@ -83,8 +107,11 @@ def shapes(source: str | Path) -> dict[str, tuple[str, list[int]]]:
     found = {}
     for name in shards(source):
         with (Path(source) / name).open("rb") as f:
-            (size,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(size))
+            try:
+                (size,) = struct.unpack("<Q", f.read(8))
+                header = json.loads(f.read(size))
+            except (struct.error, ValueError) as error:
+                raise ModelError(f"{source}/{name} is damaged ({error}): fetch it again") from error
         found |= {k: (v["dtype"], v["shape"]) for k, v in header.items() if k != "__metadata__"}
     return found
 

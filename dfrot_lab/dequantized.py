@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from dfrot_lab import assets
+from dfrot_lab import assets, files
 from dfrot_lab.hub import quiet_transformers
 
 __all__ = ["folder_of"]
@@ -36,6 +36,8 @@ def folder_of(gguf: Path) -> Path:
     stat = gguf.stat()
     name = f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}-form{_FORM}"
     folder = assets.cache_dir() / "dequantized" / name
+    if folder.is_dir():  # also in a cache that is another user's
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():
@@ -67,6 +69,7 @@ def folder_of(gguf: Path) -> Path:
         try:
             fresh.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            files.readable(partial)
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -172,12 +172,18 @@ def grid(w: Tensor) -> tuple[Tensor, Tensor]:
     w's dtype; refined by least squares. Raises ValueError naming the first row that has none.
     """
     rows, most = w.double(), w.double().abs().amax(-1, keepdim=True)
-    tolerance = 8 * torch.finfo(w.dtype).eps  # codes up to 8; they and the largest are rounded
+    info = torch.finfo(w.dtype)
+    tolerance = 8 * info.eps  # codes up to 8; they and the largest are rounded
+    last = (
+        2 * info.smallest_normal * info.eps
+    )  # of subnormal numbers, whose last place does not shrink
     codes, found = torch.zeros_like(rows), most[:, 0] == 0
     for m in range(1, 9):
-        scaled = rows / (most / m).clamp(min=torch.finfo(torch.float64).tiny)
+        size = (most / m).clamp(min=torch.finfo(torch.float64).tiny)
+        scaled = rows / size
         near = scaled.round()
-        fits = ((scaled - near).abs() <= tolerance).all(-1) & (near <= 7).all(-1) & ~found
+        off = ((scaled - near).abs() <= tolerance + last / size).all(-1)
+        fits = off & (near <= 7).all(-1) & ~found
         codes = torch.where(fits[:, None], near, codes)
         found = found | fits
     if not found.all():

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from dfrot_lab import assets, checkpoints, files, hub, models
 from dfrot_lab.models import ModelError
@@ -72,7 +71,7 @@ def fingerprint(folder: str | Path) -> str:
     """
     parts = {}
     for shard in checkpoints.shards(folder):
-        with safe_open(Path(folder) / shard, framework="pt") as f:
+        with checkpoints.open_shard(Path(folder) / shard) as f:
             for name in f.keys():  # noqa: SIM118 (no mapping)
                 part = f.get_slice(name)
                 ends = [part[:1].flatten(), part[-1:].flatten()]

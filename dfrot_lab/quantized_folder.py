@@ -7,19 +7,20 @@ that, so `load` is the way back; `models.load` refuses the folder.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from dfrot_kernels import hadamard
+from safetensors import SafetensorError
 from torch import nn
 
-from dfrot_lab import files, hub, models, quantized_model
+from dfrot_lab import files, hub, kv_cache, models, quantized_model, staging
 from dfrot_lab.quantized_model import ModelSpec
 
-__all__ = ["FolderError", "load", "save"]
+__all__ = ["FolderError", "check", "load", "save"]
 
 KEY = models.QUANTIZED
 NOTE = (
@@ -35,28 +36,60 @@ class FolderError(ValueError):
 def save(model: nn.Module, tokenizer: Any, folder: str | Path, about: dict[str, Any]) -> Path:
     """Write a model of `quantized_model.build` and its tokenizer to `folder`, which appears when whole.
 
-    about: {"bits": W-A-KV, …}, kept in config.json. Raises FolderError if `folder` exists, if tokens are
-    kept in floating point or steps are static (neither is in the weights), ValueError for a model that
-    is not built.
+    about: {"bits": W-A-KV, …}, kept in config.json. Raises FolderError if `folder` exists, or if `bits` do
+    not tell how the model quantizes (kept tokens, static steps, clipping, groups, Hadamards across heads),
+    OSError where the disk is full, ValueError for a model that is not built.
     """
+    folder = Path(folder)
+    check(folder, model)
+    _check_spec(model, about.get("bits"))
+    setattr(model.config, KEY, about | {"note": NOTE})
+    try:
+        with staging.beside(folder) as work:
+            model.save_pretrained(work / "whole")
+            tokenizer.save_pretrained(work / "whole")
+            files.readable(work / "whole")
+            os.replace(work / "whole", folder)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"{error} while writing", str(folder)) from error
+    finally:
+        delattr(model.config, KEY)
+    return folder
+
+
+def check(folder: str | Path, model: nn.Module) -> None:
+    """FolderError if `folder` exists, OSError if there is no room for the weights of `model` beside it."""
     folder = Path(folder)
     if folder.exists():
         raise FolderError(f"{folder} exists: choose another folder, or delete it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    size = 1.05 * sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(folder.parent).free
+    if free < size:
+        said = f"{free / 1e9:.1f} GB free where {size / 1e9:.1f} are needed"
+        raise OSError(errno.ENOSPC, said, str(folder))
+
+
+def _check_spec(model: nn.Module, bits: str | None) -> None:
+    """FolderError unless the model quantizes as `load` will take `bits` to say."""
+    if bits is None:
+        raise FolderError("about has no 'bits': say what is quantized, such as {'bits': '4-4-16'}")
+    spec = ModelSpec.of(bits)
     for quantizer in quantized_model._quantizers(model):
         if quantizer.keep is not None or quantizer.static is not None:
             raise FolderError("kept tokens and static steps cannot be saved: build without them")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=folder.parent))
-    setattr(model.config, KEY, about | {"note": NOTE})
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        files.readable(partial)
-        os.replace(partial, folder)
-    finally:
-        delattr(model.config, KEY)
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+        if quantizer.spec != spec.activations:
+            raise FolderError(
+                f"activations are quantized as {quantizer.spec}, bits = {bits!r} mean {spec.activations}: "
+                "only what bits tell can be saved"
+            )
+    kv = {getattr(layer.module.self_attn, "kv_spec", None) for layer in models.layers(model)}
+    if model.config._attn_implementation != kv_cache.NAME:
+        kv = {None}
+    if kv != {spec.kv}:
+        raise FolderError(f"the KV cache is quantized as {kv}, and bits = {bits!r} mean {spec.kv}")
+    if "heads" in model.config.dfrot_merged:
+        raise FolderError("Hadamards across heads cannot be saved: build with heads=False")
 
 
 def load(folder: str | Path, *, device: str = "cpu") -> tuple[nn.Module, Any, dict[str, Any]]:

@@ -206,6 +206,10 @@ def pack(model: nn.Module, *, backend: str | None = None) -> nn.Module:
             made = old.spec and Int4Quantizer(old.readers, old.spec, backend, turned=turned)
             shared[id(old)] = made
         try:
+            if turned and backend == "triton":
+                from dfrot_kernels import hadamard_tokens
+
+                hadamard_tokens.plan(linear.in_features)  # or the first forward pass would say so
             packed[name] = Int4Linear.of(linear, shared[id(old)], backend)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

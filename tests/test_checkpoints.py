@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import haar, logits, random_tokens, relative
 
-from dfrot_lab import checkpoints, models, rotations
+from dfrot_lab import checkpoints, models, owners, rotations
 from dfrot_lab.models import ModelError
 from dfrot_lab.rotations import RotationError, Rotations
 
@@ -120,3 +120,38 @@ def test_interrupted_it_leaves_nothing(saved, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoints.merge(source, tmp_path / "out", BOTH)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_base_model_without_its_head_is_refused(tmp_path):
+    """Under other names nothing would be turned, and the result still be called rotated."""
+    models.tiny("llama", tied=True).model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"has no tensor model\.embed_tokens\.weight: take a"):
+        checkpoints.merge(tmp_path / "base", tmp_path / "out", BOTH)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize("kept", [4, 100, 20_000])
+def test_a_shard_cut_short_is_named(saved, tmp_path, kept):
+    _, source = saved()
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    for read in (
+        lambda: checkpoints.merge(source, tmp_path / "out", BOTH),
+        lambda: owners.fingerprint(source),
+    ):
+        with pytest.raises(ModelError, match=r"model\.safetensors cannot be read .*fetch it again"):
+            read()
+    if kept < 1000:
+        with pytest.raises(ModelError, match="is damaged"):
+            checkpoints.shapes(source)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_merged_before_stays_on_record(saved, tmp_path):
+    _, source = saved()
+    first = checkpoints.merge(source, tmp_path / "first", Rotations(R1=BOTH.R1))
+    second = checkpoints.merge(first, tmp_path / "second", Rotations(R2=BOTH.R2))
+    config = json.loads((second / "config.json").read_text())
+    assert config["dfrot_merged"] == ["gains", "R1", "R2"]
+    with pytest.raises(RotationError, match=r"R1.* already merged"):
+        checkpoints.merge(second, tmp_path / "third", Rotations(R1=BOTH.R1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from dfrot_lab import (
     models,
     profiles,
     quantized_folder,
+    quantized_model,
     scores,
     side_by_side,
 )
@@ -23,6 +24,7 @@ from dfrot_lab.cli import app
 from dfrot_lab.lab import Lab
 from dfrot_lab.models import ModelError
 from dfrot_lab.quantized_folder import FolderError
+from dfrot_lab.quantized_model import ModelSpec
 
 
 def invoke(*arguments):
@@ -70,6 +72,28 @@ def test_folders_that_cannot_be_written_or_read(lab, tmp_path):
     with pytest.raises(FolderError, match="holds no quantized model"):
         quantized_folder.load(tmp_path / "plain")
     assert not list(tmp_path.glob(".partial-*")) and not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"clip": 0.9}, "activations are quantized as"),
+        ({"per": "group", "group_size": 16}, "activations are quantized as"),
+        ({"heads": True}, "Hadamards across heads cannot be saved"),
+    ],
+)
+def test_a_folder_that_bits_do_not_tell_is_refused(lab, tmp_path, how, said):
+    """It would compute something else when it is loaded."""
+    rotation = replace(lab.rotations("RH"), heads=how.pop("heads", False))
+    built = quantized_model.build(lab.lm, rotation, ModelSpec.of("16-4-4", **how))
+    with pytest.raises(FolderError, match=said):
+        quantized_folder.save(built, lab.tokenizer, tmp_path / "q", {"bits": "16-4-4"})
+    plain = quantized_model.build(lab.lm, lab.rotations("RH"), ModelSpec.of("16-4-4"))
+    for bits, message in (("16-4-16", "the KV cache is quantized as"), (None, "has no 'bits'")):
+        with pytest.raises(FolderError, match=message):
+            about = {} if bits is None else {"bits": bits}
+            quantized_folder.save(plain, lab.tokenizer, tmp_path / "q", about)
+    assert not (tmp_path / "q").exists()
 
 
 def test_quantize_and_eval_agree(smoke, tmp_path):

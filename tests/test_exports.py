@@ -315,18 +315,20 @@ def test_a_configuration_that_lost_its_record_is_not_left(saved, tmp_path, monke
 
 
 def test_what_a_killed_export_left_is_swept_and_a_running_one_is_not(saved, tmp_path):
-    killed, running, new = (tmp_path / f".partial-out-{name}" for name in ("a", "b", "c"))
-    older, other = tmp_path / ".partial-out-d", tmp_path / ".partial-else-e"
-    for folder in (killed, running, new, older, other):
+    killed, running, new = (tmp_path / f".partial-out-{8 * name}" for name in ("a", "b", "c"))
+    older, other = tmp_path / ".partial-out-dddddddd", tmp_path / ".partial-else-eeeeeeee"
+    longer = tmp_path / ".partial-out-7b-ffffffff"  # of another target
+    for folder in (killed, running, new, older, other, longer):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
     (killed / ".lock").touch()
-    os.utime(older, (0, 0))  # of a version without locks
+    for folder in (older, longer):
+        os.utime(folder, (0, 0))  # of a version without locks
     with FileLock(running / ".lock"), opened(saved()) as s:
         huggingface.write(s, tmp_path / "out", sources.recipe("RO", s))
     assert (tmp_path / "out" / "config.json").is_file()
     assert not killed.exists() and not older.exists()
-    assert running.exists() and new.exists() and other.exists()
+    assert running.exists() and new.exists() and other.exists() and longer.exists()
 
 
 # --- rotations alone ------------------------------------------------------------------------------

@@ -94,6 +94,21 @@ def _twins() -> list[str]:
     return [n for n in triton_ops.__all__ if n not in shared]
 
 
+def test_a_kernel_that_leaves_nan_is_seen(monkeypatch):
+    from dfrot_kernels import triton_ops
+
+    right = reference.matmul
+
+    def holes(*arguments, **options):
+        found = right(*arguments, **options)
+        found[..., -1] = math.nan
+        return found
+
+    monkeypatch.setattr(triton_ops, "matmul", holes)
+    rows = [r for r in int4_kernels.correctness("cpu", "triton") if r["kernel"] == "matmul"]
+    assert rows and not any(int4_kernels._right(r) for r in rows)
+
+
 def test_a_wrong_kernel_is_seen(monkeypatch):
     from dfrot_kernels import triton_ops
 

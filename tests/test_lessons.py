@@ -215,6 +215,11 @@ def test_the_iteration_is_what_the_optimiser_does():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("candidate", [max, None, 3])
+def test_what_has_no_signature_is_a_report_too(candidate):
+    assert lessons.check("10.tau", candidate).state == "failed"
+
+
 def test_what_goes_wrong_in_a_readers_code_is_a_report():
     def broken(weight, gain):
         raise RuntimeError("not\nthis")

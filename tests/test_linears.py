@@ -54,6 +54,16 @@ def test_grid_sees_through_the_rounding_of_half_precision(dtype):
     assert relative(steps, scale) < torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("largest", [6e-5, 2e-5, 1e-5, 3e-6])
+def test_grid_of_rows_that_half_precision_holds_as_subnormals(largest):
+    codes = torch.randint(-7, 8, (50, 64), generator=torch.Generator().manual_seed(0))
+    codes[:, 0] = 7
+    w = (codes * (largest / 7)).half()
+    found, scale = linears.grid(w)
+    last = 2.0**-24  # the distance of subnormal numbers
+    assert ((found * scale[:, None]).double() - w.double()).abs().max() <= 1.1 * last
+
+
 def test_grid_refuses_what_is_not_on_one():
     w = torch.randn(4, 32)
     w[:2] = round_to_nearest(w[:2], WEIGHTS)

@@ -178,3 +178,10 @@ def test_bad_specs_name_field_and_value(field, value, others):
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="group_size = 7 does not divide the last dimension 20"):
         quantize(torch.ones(2, 20), QuantSpec(granularity="group", group_size=7))
+
+
+def test_a_range_beyond_half_precision_is_quantized():
+    x = torch.tensor([[4e4, -4e4, 1.0, 2.0]]).half()
+    got = fake_quantize(x, QuantSpec())
+    wanted = fake_quantize(x.float(), QuantSpec())
+    assert torch.isfinite(got).all() and (got.float() - wanted).abs().max() < 64

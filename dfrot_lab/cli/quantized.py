@@ -31,9 +31,10 @@ def quantize(profile, model, corpus, rotation, gamma, bits, method, seed, folder
 
     values.check(rotation=rotation, gamma=gamma, bits=bits)
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
-    if out.exists():
+    if out.exists():  # before the model is loaded
         raise click.ClickException(f"{out} exists: choose another folder, or delete it")
     spec = lab._spec(bits, "none", method, {})
+    quantized_folder.check(out, lab.lm)  # before hours of GPTQ
     with kept_files.recording(lab.folder):
         built = lab._built(rotation, seed, spec, method, gamma)
     about = {"model": lab.model, "rotation": rotation, "seed": seed, "bits": bits}

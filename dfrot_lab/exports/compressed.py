@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfrot_lab import files, models, quantized_model
-from dfrot_lab.exports import checks, compressed_checks, huggingface, staging
+from dfrot_lab import files, models, quantized_model, staging
+from dfrot_lab.exports import checks, compressed_checks, huggingface
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 from dfrot_lab.linears import InputQuantizer, QuantLinear, grid
 from dfrot_lab.quantized_model import ModelSpec

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 from torch import Tensor
 
-from dfrot_lab import checkpoints
-from dfrot_lab.exports import checks, huggingface, staging, vocabularies
+from dfrot_lab import checkpoints, staging
+from dfrot_lab.exports import checks, huggingface, vocabularies
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 
 __all__ = ["DTYPES", "reorder", "write"]
@@ -141,8 +140,12 @@ def _tensors(folder: Path, shape: _Shape, dtype: str) -> Iterator[tuple[str, np.
     if (factors := shape.frequencies()) is not None:
         yield "rope_freqs.weight", factors
     for shard in checkpoints.shards(folder):
-        with safe_open(folder / shard, framework="pt") as f:
+        with checkpoints.open_shard(folder / shard) as f:
             for name in f.keys():  # noqa: SIM118 (no mapping)
+                if name.endswith(
+                    "rotary_emb.inv_freq"
+                ):  # a buffer that old ones hold; llama.cpp has none
+                    continue
                 called = names.get_name(name, try_suffixes=(".weight", ".bias"))
                 if called is None:
                     raise ExportError(f"GGUF has no name for {name} in {c.model_type!r}")

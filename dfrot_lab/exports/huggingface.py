@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dfrot_lab import checkpoints, files
-from dfrot_lab.exports import checks, staging
+from dfrot_lab import checkpoints, files, staging
+from dfrot_lab.exports import checks
 from dfrot_lab.exports.sources import ExportError, Recipe, Source, record
 
 __all__ = ["merged", "stored_dtype", "write"]

@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dfrot_lab import assets, checkpoints, files, hub, models, rotation_files, rotations
-from dfrot_lab.exports import staging
+from dfrot_lab import assets, checkpoints, files, hub, models, rotation_files, rotations, staging
 from dfrot_lab.owners import Owner, fingerprint
 from dfrot_lab.rotations import Rotations
 
@@ -105,17 +104,18 @@ def opened(model: str, revision: str | None = None, near: Path | None = None) ->
     where there is none and a quantized checkpoint, ModelError as `models.load`.
     """
     path = Path(model)
-    remote = not path.exists() and hub.on_hub(model)
+    packaged = model == "demo"  # whatever folder of that name there is
+    remote = not packaged and not path.exists() and hub.on_hub(model)
     if revision and not remote:
         raise ExportError(
             f"revision = {revision!r}: only models on the hub have one, not {model!r}"
         )
-    if path.is_dir():
+    if path.is_dir() and not packaged:
         yield _checked(Source(path, model))
     elif remote:
         yield _checked(from_hub(model, revision))
     else:
-        gguf = assets.path("smollm2") if model == "demo" else path if path.is_file() else None
+        gguf = assets.path("smollm2") if packaged else path if path.is_file() else None
         with staging.beside((near or Path(tempfile.gettempdir())) / "source") as work:
             lm = models.load(model, fold=False)
             lm.save_pretrained(work / "model")

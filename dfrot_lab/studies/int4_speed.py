@@ -76,11 +76,14 @@ def _afresh(root: Path, folder: Path) -> dict[str, Any]:
             str(folder),
             *options,
         ]
+        started = time.time()
         done = subprocess.run(
             command, cwd=root, env=os.environ | {"PYTHONPATH": paths}, text=True, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        if done.returncode > 1:
+        written = folder / ("kernels.json" if script.startswith("int4") else "end_to_end.json")
+        fresh = written.is_file() and written.stat().st_mtime >= started - 1
+        if done.returncode not in (0, 1) or not fresh or "targets" not in files.read_json(written):
             last = (done.stdout.strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"benchmarks/{script} stopped: {last}")
     found = committed(folder, "measured")
@@ -96,7 +99,10 @@ def committed(folder: Path, origin: str = "committed") -> dict[str, Any] | None:
     target; such a row carries the date of its run.
     """
     documents = [(files.read_json(path), path) for path in sorted(folder.glob("**/kernels.json"))]
-    documents = [(d, path) for d, path in documents if d["provenance"].get("capability")]
+    # a run that was killed leaves one without verdicts
+    documents = [
+        (d, path) for d, path in documents if d["provenance"].get("capability") and "targets" in d
+    ]
     documents.sort(key=lambda each: each[0]["provenance"]["date"], reverse=True)
     if not documents:
         return None

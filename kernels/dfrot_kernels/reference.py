@@ -134,7 +134,7 @@ def step(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return scale, torch.zeros_like(scale)
     lo = x.amin(over, keepdim=True).clamp(max=0) * spec.clip
     hi = x.amax(over, keepdim=True).clamp(min=0) * spec.clip
-    scale = _over(hi - lo, high - low)
+    scale = _over(_wide(hi) - _wide(lo), high - low).to(x.dtype)  # in fp16 the range may overflow
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale, torch.round(-lo / scale)
 

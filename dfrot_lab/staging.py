@@ -1,4 +1,4 @@
-"""Staging: a folder beside an export's place, where it is made and checked before it is moved there."""
+"""Staging: a folder beside the place of a model, where it is made and checked before it is moved there."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ _FRESH = 60.0  # seconds within which a new folder takes its lock
 def beside(target: Path) -> Iterator[Path]:
     """A new folder for what becomes `target`, on the same disk; it goes afterwards, whatever happened.
 
-    So do the folders that killed exports to the same place have left. One in use is told by its lock,
+    So do the folders that killed runs with the same target have left. One in use is told by its lock,
     which the system releases with the process.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".partial-{target.name}-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+    for left in target.parent.glob(
+        f"{glob.escape(prefix)}{'?' * 8}"
+    ):  # mkdtemp's; no longer name's
         if left.is_dir():
             _sweep(left)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
