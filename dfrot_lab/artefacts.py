@@ -71,11 +71,11 @@ ROTATION_CODE = (
 class Artefacts:
     """Parameters shared by all notebooks.
 
-    model: see `models.load`; corpus: see `corpora.load`; seqlen: tokens a window; calibration: windows
-    for R1; iterations, rows and solver: of `dfrot.optimize`; clip_steps: of the weight clip search (0: none);
-    weight_windows: calibration windows for GPTQ and static steps;
-    folder: where everything goes, relative to the project; threads: of torch (a fixed number, since
-    sums and so results depend on it).
+    model, dtype, device: see `models.load`; corpus: see `corpora.load`; seqlen: tokens a window; calibration:
+    windows for R1, at offsets drawn by calibration_seed; iterations, rows and solver: of `dfrot.optimize`;
+    clip_steps: of the weight clip search (0: none); weight_windows: calibration windows for GPTQ and static
+    steps; folder: where everything goes, relative to the project; threads: of torch (a fixed number, since
+    sums and so results depend on it). LabError for a number below 1 and an unknown dtype.
     """
 
     model: str = "demo"

@@ -27,7 +27,11 @@ __all__ = ["refine", "step"]
 
 
 def step(r: Tensor, gradient: Tensor, length: float) -> Tensor:
-    """R [d, d] moved by the Cayley transform along −A, scaled so that ‖ηA‖_F = `length`·√d."""
+    """R [d, d] moved by the Cayley transform along −A, scaled so that ‖ηA‖_F = `length`·√d.
+
+    A = G Rᵀ − R Gᵀ of the `gradient` G [d, d] of the loss with respect to R. Raises ValueError for NaN or
+    Inf in it.
+    """
     a = gradient @ r.mT
     a = a - a.mT
     size = a.norm()

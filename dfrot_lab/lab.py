@@ -76,7 +76,8 @@ class Lab(Artefacts):
         it are left out. activations: per, group_size, clip of `ModelSpec.of`.
         kept: [window, position, token, sites] of each token that bypassed quantization somewhere.
         name "FP": the floating-point model. Kept in `folder`/measurements, window by window: those that are
-        there are not measured again, whichever they are.
+        there are not measured again, whichever they are. LabError for an unknown rotation or method, or a
+        `first` beyond the windows; ValueError for bits as `ModelSpec.of`.
         """
         if name != "FP" and not name.endswith(".safetensors"):
             parse_rotation(name)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dfrot_lab import models, profiles, speeds
+from dfrot_lab.presets import PRESETS
 from dfrot_lab.speeds import Speed
 
 __all__ = ["Plan", "plan", "weights"]
@@ -48,7 +49,7 @@ class Plan:
         """For the terminal."""
         out = [
             f"memory  {self.memory / 2**30:6.1f} GiB at most (notebook 01: twice in fp64, once in fp32)",
-            f"disk    {self.disk / 2**30:6.1f} GiB of artefacts, besides the model's own files",
+            f"disk    {self.disk / 2**30:6.1f} GiB of artefacts of all notebooks, besides the model's own",
             f"window  {self.window:6.1f} s",
         ]
         told = list(self.notebooks.items())
@@ -124,9 +125,24 @@ def plan(profile: str, config: Any = None, speed: Speed | None = None) -> Plan:
         "09_objectives": _objectives(content["notebooks"]["09_objectives"], t, common),
         "10_zero_shot": _zero_shot(content["notebooks"]["10_zero_shot"], t, common),
     }
-    d = config.hidden_size
-    disk = 4 * _rows(config, common) * d + 8 * d**2 * (2 * seeds + swept)
+    disk = _disk(config, content, 2 * seeds + swept)
     return Plan(int(BASE + 20 * weights(config)), disk, t.window, notebooks)
+
+
+def _disk(config: Any, content: dict[str, Any], shared: int) -> int:
+    """Bytes of activations, Hessians and rotations that all notebooks keep; shared: rotations of 04."""
+    common, own = content["common"], content["notebooks"]
+    d, inner, seeds = config.hidden_size, config.intermediate_size, len(common["seeds"])
+    five, six, nine = (own[n] for n in ("05_tables", "06_reviewers_questions", "09_objectives"))
+    others = {*six["corpora"], nine["second"]} - {common["corpus"], ""}
+    sets = 1 + len(others) + max(0, five["samples"] - 1)
+    sets += PRESETS["recommended"].windows / common["calibration"]
+    size = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    hessian = 2 * d**2 + (config.num_attention_heads * size) ** 2 + inner**2
+    made = shared + five["samples"] + len(five["sites"]) + 2 * len(five["gammas"])
+    made += 2 * len(nine["objectives"]) * len(nine["gammas"]) + 8 * seeds
+    rows = sets * _rows(config, common)
+    return int(4 * rows * d + 4 * config.num_hidden_layers * hessian + 8 * d**2 * made)
 
 
 def _tables(own: dict[str, Any], common: dict[str, Any], t: Speed) -> float:

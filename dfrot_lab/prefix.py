@@ -28,6 +28,7 @@ def choose(
 ) -> list[int]:
     """The prefix: `first` (the model's BOS, where it has one), then the `count` most often massive tokens.
 
+    Without BOS (None) the first token of the text leads: any will do, being first makes it massive.
     x: activations [sites, windows·seqlen, d] of `tokens` [windows, seqlen]. A token counts where it is
     massive at half of the sites or more; the first of each window, massive for its place, does not.
     """

@@ -44,7 +44,11 @@ class Preset:
         )  # fmt: skip
 
     def cost(self, lab: Lab) -> float:
-        """TFLOP of the refinement: two products with the rows used and a polar factor, 26 d³, a step."""
+        """TFLOP of the refinement: two products with the rows used and a polar factor a step.
+
+        26 d³ for the latter: an SVD of a square matrix with both sets of vectors (Golub and Van Loan, 8.6).
+        Collecting the activations is not counted.
+        """
         own = self.lab(lab)
         x = own.activations
         rows = x.X.shape[0] * x.X.shape[1] * own.rows

@@ -57,7 +57,10 @@ def identity(d: int, seed: int = 0) -> Tensor:
 
 
 def random_orthogonal(d: int, seed: int = 0) -> Tensor:
-    """RO: Haar-distributed Q·diag(sign(diag T)) from the QR factors of a Gaussian, [d, d] fp64."""
+    """RO: Haar-distributed Q·diag(sign(diag T)) from the QR factors of a Gaussian, [d, d] fp64.
+
+    RotationError for a seed that is negative or 2³² and more; so do the next two.
+    """
     generator = _generator(seed)
     q, t = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
     return q * t.diagonal().sign()

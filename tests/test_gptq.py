@@ -233,3 +233,18 @@ def test_hessians_that_another_run_replaced_are_refused(tmp_path):
     hessians.collect(model, tokens.flip(1), tmp_path, {"key": "another"})
     with pytest.raises(hessians.HessiansError, match="holds other Hessians by now, of layer 1"):
         mine(1, "mlp.down_proj")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_shared_hessians_serve_a_model_on_a_gpu(tmp_path):
+    """They are read and turned on the CPU."""
+    tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = models.fold_gains(models.tiny("llama")).to(device)
+        shared = hessians.collect(model, tokens.to(device), tmp_path / device, {})
+        rotation = rotations.Rotations.standard(model, rotations.random_hadamard(64, 0))
+        spec = quantized_model.ModelSpec.of("4-16-16", method="gptq")
+        built = quantized_model.build(model, rotation, spec, hessians=shared)
+        found[device] = built.model.layers[0].mlp.down_proj.weight.cpu()
+    assert (found["cpu"] - found["cuda"]).abs().max() < 0.2 * found["cpu"].abs().max()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -56,7 +57,7 @@ def test_every_profile_can_be_planned(profile):
     config = models.tiny("llama").config
     found = plans.plan(profile, config, SPEED)
     assert all(seconds > 0 for seconds in found.notebooks.values())
-    assert found.memory > 0 and found.disk > 0
+    assert found.memory > 0
     text = "\n".join(found.lines())
     assert "GiB" in text and "in all" in text
 
@@ -130,3 +131,16 @@ def test_the_whole_split_counts_as_many_windows(tmp_path):
     whole = plans.plan(str(tmp_path / "p.yml"), config, SPEED).notebooks
     few = plans.plan("demo", config, SPEED).notebooks
     assert whole["03_massive_tokens_fp16"] > 20 * few["03_massive_tokens_fp16"]
+
+
+def test_disk_is_what_the_artefacts_take():
+    """Of the demo model: 0.28 GB of activations a set of one window, 0.4 of Hessians, 2.7 MB a rotation."""
+    config = SimpleNamespace(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152,
+    )  # fmt: skip
+    found = plans.plan("demo", config, SPEED).disk / 1e9
+    sets = (
+        1 + 1 + 4 + 8
+    )  # of its own text, lee, the samples of Table 3, the windows of `recommended`
+    assert found == pytest.approx(sets * 0.2831 + 0.403 + 0.0027 * 85, rel=0.03)

@@ -249,5 +249,6 @@ def limits(values: Iterable[float], log: bool = False, margin: float = 0.06) -> 
 
 
 def wide(values: list[float]) -> bool:
+    """Whether the positive ones are more than fourfold apart: a log axis serves them better."""
     finite = [v for v in values if math.isfinite(v) and v > 0]
     return bool(finite) and max(finite) > 4 * min(finite)

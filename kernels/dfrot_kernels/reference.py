@@ -6,7 +6,8 @@ Rounding is to nearest, ties to even (torch.round), as in every implementation w
 The first half is the quantizer for any bits, in floating point. The second half, from `pack` on, is 4 bits
 as an engine stores them: codes −8…7, two a byte, and the zero point moved with them (z − 8), so that both
 quantizers share one arithmetic. Its functions have Triton twins of the same name and signature
-(`dfrot_kernels.backends`), and are what runs where there is no Triton.
+(`dfrot_kernels.backends`), and are what runs where there is no Triton. They raise `checks.KernelError`
+for a dtype, number of dimensions or size that they do not take, naming the argument and its value.
 """
 
 from __future__ import annotations
