@@ -110,14 +110,14 @@ localrules:
 ROOT = Path.cwd()
 # what is for readers alone: exercises, and what checks them
 EXERCISES = ["dfrot_lab.answers", "dfrot_lab.exercises", "dfrot_lab.lessons"]
+KERNELS = ["dfrot_kernels.error"]  # loaded by name, so that no import tells of it; on a GPU R1 rests on it
 CODE = {
     "activations": imports.closure(ROOT, ["dfrot_lab.activations", "dfrot_lab.corpora"]),
-    "rotations": imports.closure(ROOT, ["dfrot_lab.dfrot"]),
+    "rotations": imports.closure(ROOT, ["dfrot_lab.dfrot", *KERNELS]),
     "hessians": imports.closure(ROOT, ["dfrot_lab.activations", "dfrot_lab.corpora", "dfrot_lab.hessians"]),
 }
 # artefacts.py says when and with what, refinements.py how
 CODE = {rule: [*files, "dfrot_lab/artefacts.py", "dfrot_lab/refinements.py"] for rule, files in CODE.items()}
-# loaded by name, so that no import tells of it
 BY_NAME = {"07_int4_kernels": ["dfrot_kernels.triton_ops"]}
 DATA = [f"dfrot_lab/data/{name}" for name in ("paper.json", "captions.yml", "style.mplstyle")]
 TASKS = [str(p) for p in sorted(Path("dfrot_lab/data/tasks").glob("*.yaml"))]
@@ -129,7 +129,7 @@ SAMPLE = ("model", "corpus", "seqlen", "dtype", "device", "threads", "calibratio
 def code_of(notebook):
     names = imports.of_notebook(ROOT, Path(f"notebooks/{notebook}.ipynb"))
     tasks = TASKS if "dfrot_lab.studies.zero_shot" in names else []
-    return imports.closure(ROOT, [*names, *BY_NAME.get(notebook, [])], EXERCISES) + DATA + tasks
+    return imports.closure(ROOT, [*names, *KERNELS, *BY_NAME.get(notebook, [])], EXERCISES) + DATA + tasks
 
 
 @cache

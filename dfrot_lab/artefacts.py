@@ -55,6 +55,7 @@ ROTATION_CODE = (
     "dfrot_kernels.hadamard",
     "dfrot_kernels.reference",
     "dfrot_kernels.backends",
+    "dfrot_kernels.common",
     "dfrot_kernels.error",
     "dfrot_lab.quantizers",
     "dfrot_lab.massive",

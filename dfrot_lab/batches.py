@@ -73,8 +73,6 @@ def run(
         raise BatchError(f"no Snakefile in {root}: run this from a checkout of the project")
     _check_code(root)
     sources.check_profile(profile, root / "notebooks")
-    if Path(profile).is_file():  # Snakemake runs in `root`
-        profile = os.path.relpath(Path(profile).resolve(), root)
     where = _executor(executor, root)
     kind = _kind(where)
     local = kind == "local"
@@ -87,6 +85,9 @@ def run(
         every = sorted(p.stem for p in (root / "notebooks").glob("[0-9]*.ipynb"))
         for name in notebooks or every[:FIGURES]:
             sources.resolve(root / "notebooks" / f"{name}.ipynb", profile, {})
+    # Snakemake runs in `root`
+    own = Path(profile).suffix in (".yml", ".yaml") and Path(profile).is_file()
+    named = os.path.relpath(Path(profile).resolve(), root) if own else profile
     folder = root / home
     folder.mkdir(parents=True, exist_ok=True)
     limits = ["--cores", cores, "--resources", f"mem_mb={memory}", f"gpu={gpus}", "hessians=1"]
@@ -98,7 +99,7 @@ def run(
         # jobs here say themselves what went wrong; of others only Snakemake knows, and where their logs are
         *(["rules"] if local else []),
         *(["--slurm-jobname-prefix", slurm_queue.prefix(folder)] if kind == "slurm" else []),
-        "--config", f"profile={profile}", f"notebooks={' '.join(notebooks)}",
+        "--config", f"profile={named}", f"notebooks={' '.join(notebooks)}",
         f"experiment={experiment or ''}",
         # Snakemake reads a value that looks like a number as one: `2024` is none with a folder in front
         f"folder={home if home.is_absolute() else f'./{home}'}",

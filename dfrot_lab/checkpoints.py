@@ -82,7 +82,7 @@ def open_shard(path: Path) -> safe_open:
     """A safetensors file, to be used in a with statement; ModelError if it is damaged."""
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ModelError(
             f"{path} cannot be read ({error}): it is damaged or cut short, fetch it again"
         ) from error
@@ -93,6 +93,7 @@ def _check_names(config: dict[str, Any], row: Architecture, where: Any, source: 
     parts = (row.attention_norm, row.mlp_norm, *row.attention_inputs, row.attention_output)
     parts += (*row.mlp_inputs, row.mlp_output)
     wanted = [f"{row.embedding}.weight", f"{row.final_norm}.weight"]
+    wanted += [] if config.get("tie_word_embeddings") else [f"{row.head}.weight"]
     for layer in range(config["num_hidden_layers"]):
         wanted += [f"{row.layers}.{layer}.{part}.weight" for part in parts]
     if missing := next((name for name in wanted if name not in where), None):
@@ -109,7 +110,8 @@ def shapes(source: str | Path) -> dict[str, tuple[str, list[int]]]:
         with (Path(source) / name).open("rb") as f:
             try:
                 (size,) = struct.unpack("<Q", f.read(8))
-                header = json.loads(f.read(size))
+                # what is no safetensors file may name any size there
+                header = json.loads(f.read(min(size, (Path(source) / name).stat().st_size)))
             except (struct.error, ValueError) as error:
                 raise ModelError(f"{source}/{name} is damaged ({error}): fetch it again") from error
         found |= {k: (v["dtype"], v["shape"]) for k, v in header.items() if k != "__metadata__"}

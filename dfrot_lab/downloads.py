@@ -44,8 +44,8 @@ def _tasks(profile: str) -> list[str]:
 def fetch(profile: str, progress: Callable[[str], Any] | None = None) -> dict[str, str]:
     """What `profile` names is in the local caches afterwards; name → SHA-256 of an asset, commit of a model.
 
-    Tiny models, folders and files need nothing. Raises ProfileError, and AssetError, ModelError or
-    CorpusError for what cannot be had.
+    Tiny models, folders and files need nothing. Raises ProfileError, and AssetError, ModelError,
+    CorpusError or TaskError for what cannot be had.
     """
     say = progress or (lambda line: None)
     lms, texts = named(profile)

@@ -147,27 +147,28 @@ def recording(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[None]:
-    """Record anew what of `path`, a file or a folder, had been recorded and is another file at the end.
+    """Record anew what of `path`, a file or a folder, was as recorded and is another file at the end.
 
     So a notebook run by hand, which is no job that records, may add to a measurement; a batch takes what
     changed without that for altered.
     """
-    each = lambda: path.glob("*") if path.is_dir() else [path]  # noqa: E731
-    before = {p: p.stat().st_mtime_ns for p in each() if p.is_file()}
+    # of links what they lead to: points of a grid share a folder, whose manifest it is in
+    top = next((p for p in reversed(path.resolve().parents) if (p / MANIFEST).exists()), None)
+    before = {}
+    if top:
+        known, _ = _read(top)
+        each = path.glob("*") if path.is_dir() else [path]
+        names = {p.resolve().relative_to(top).as_posix(): p for p in each if p.is_file()}
+        before = {n: p for n, p in names.items() if _same(known.get(n, {}), p.stat())}
     try:
         yield
     finally:
-        now = [p for p, at in before.items() if p.is_file() and p.stat().st_mtime_ns != at]
-        # of links what they lead to: points of a grid share a folder, whose manifest it is in
-        parents = path.resolve().parents
-        top = next((p for p in reversed(parents) if (p / MANIFEST).exists()), None)
-        if now and top:
+        changed = [n for n, p in before.items() if p.is_file() and not _same(known[n], p.stat())]
+        if changed:
             with FileLock(top / ".manifest.lock"):
                 known, _ = _read(top)
-                names = {p.resolve().relative_to(top).as_posix(): p for p in now}
-                new = {n: _entry(p, p.stat()) for n, p in names.items() if n in known}
-                if new:
-                    files.write_json(top / MANIFEST, known | new)
+                new = {n: _entry(before[n], before[n].stat()) for n in changed}
+                files.write_json(top / MANIFEST, known | new)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ next one takes up, and what one notebook has measured, another does not measure 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,9 @@ class Lab(Artefacts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        results.code_digest(*CODE)  # as it is now
+        # as it is now: what is loaded stays what runs, whatever is edited meanwhile
+        loaded = [n for n in list(sys.modules) if n.startswith(("dfrot_lab.", "dfrot_kernels."))]
+        results.code_digest(*CODE, *loaded)
 
     def quantized(
         self,
@@ -52,9 +55,10 @@ class Lab(Artefacts):
         bits: str = "16-4-16",
         keep: str = "none",
         method: str = "rtn",
+        gamma: float = 100.0,
     ) -> nn.Module:
         """The quantized model of `perplexity`'s rows; the last one built is reused."""
-        return self._built(name, seed, self._spec(bits, keep, method, {}), method, 100.0)
+        return self._built(name, seed, self.spec(bits, keep, method), method, gamma)
 
     def perplexity(
         self,
@@ -86,7 +90,7 @@ class Lab(Artefacts):
             raise LabError(f"first = {first}: use 0 to {windows - 1}, there are {windows} windows")
         row = {"rotation": name, "seed": seed, "bits": bits, "keep": keep}
         row |= {"gamma": str(float(gamma)) if name.startswith("DFRot(") else None}
-        spec = self._spec(bits, keep, method, activations)
+        spec = self.spec(bits, keep, method, **activations)
         row |= {"method": method if spec.weights else None} | activations
         key = self._key(row | self.rests_on(name, spec, method), CODE)
         path = Path(self.folder) / "measurements" / f"{key[:24]}.json"
@@ -134,7 +138,8 @@ class Lab(Artefacts):
                 files.write_json(path, measure())
             return files.read_json(path)
 
-    def _spec(self, bits: str, keep: str, method: str, activations: dict) -> ModelSpec:
+    def spec(self, bits: str, keep: str, method: str, **activations: Any) -> ModelSpec:
+        """What is quantized in a row of `perplexity`, with this lab's clip steps; LabError for the method."""
         if method not in METHODS:
             raise LabError(f"method = {method!r}: use one of {', '.join(METHODS)}")
         kind = method.removesuffix("-shared")

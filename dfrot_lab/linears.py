@@ -174,9 +174,8 @@ def grid(w: Tensor) -> tuple[Tensor, Tensor]:
     rows, most = w.double(), w.double().abs().amax(-1, keepdim=True)
     info = torch.finfo(w.dtype)
     tolerance = 8 * info.eps  # codes up to 8; they and the largest are rounded
-    last = (
-        2 * info.smallest_normal * info.eps
-    )  # of subnormal numbers, whose last place does not shrink
+    # the last place of subnormal numbers does not shrink: half of it for w, and for the largest times 8/7
+    last = 1.1 * info.smallest_normal * info.eps
     codes, found = torch.zeros_like(rows), most[:, 0] == 0
     for m in range(1, 9):
         size = (most / m).clamp(min=torch.finfo(torch.float64).tiny)

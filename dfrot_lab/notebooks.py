@@ -17,7 +17,15 @@ from dfrot_lab.files import atomic, read_json
 __all__ = ["NotebookError", "find", "parameters", "run", "typed"]
 
 # errors that say what, which value and what to do; their class adds nothing
-_OURS = {"ActivationsError", "AssetError", "CorpusError", "GPTQError", "KVError", "LabError"}
+_OURS = {
+    "ActivationsError",
+    "AssetError",
+    "CorpusError",
+    "GPTQError",
+    "HessiansError",
+    "KVError",
+    "LabError",
+}
 _OURS |= {"ModelError", "PlotError", "ResultError", "RotationError", "TaskError"}
 # a full disk or quota, as Python prints it
 _FULL = tuple(f"[Errno {n}]" for n in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)))

@@ -206,7 +206,7 @@ def pack(model: nn.Module, *, backend: str | None = None) -> nn.Module:
             made = old.spec and Int4Quantizer(old.readers, old.spec, backend, turned=turned)
             shared[id(old)] = made
         try:
-            if turned and backend == "triton":
+            if turned and shared[id(old)] is not None and backend == "triton":
                 from dfrot_kernels import hadamard_tokens
 
                 hadamard_tokens.plan(linear.in_features)  # or the first forward pass would say so

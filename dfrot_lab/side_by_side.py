@@ -38,12 +38,12 @@ def texts(
     one too long, and for a tokenizer that has no template.
     """
     ids = _encoded(lab, prompt, tokens, chat)
-    spec = lab._spec(bits, "none", method, {})
+    lab.spec(bits, "none", method)  # what is wrong with them is told first
     w, a, kv = bits.split("-")
     label = f"W{w}A{a}" + (f"KV{kv}" if int(kv) < 16 else "")
     out, first = [], []
     for name in NAMES:
-        model = lab.lm if name == "FP" else lab._built(name, seed, spec, method, 100.0)
+        model = lab.lm if name == "FP" else lab.quantized(name, seed, bits=bits, method=method)
         written = continuation(model, ids, tokens)
         first = first or written
         alike = [a == b for a, b in zip(written, first, strict=False)]

@@ -27,9 +27,8 @@ def beside(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".partial-{target.name}-"
-    for left in target.parent.glob(
-        f"{glob.escape(prefix)}{'?' * 8}"
-    ):  # mkdtemp's; no longer name's
+    # mkdtemp adds eight characters: a longer rest belongs to another target
+    for left in target.parent.glob(f"{glob.escape(prefix)}{'?' * 8}"):
         if left.is_dir():
             _sweep(left)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))

@@ -132,6 +132,7 @@ def _hash(samples: list[list[dict[str, Any]]]) -> str:
 
 def fetch(task: str) -> None:
     """The items of a task of the hub are in the local cache afterwards; TaskError where they cannot be."""
+    check([task])
     _load(task, "", 0)
 
 
@@ -188,7 +189,7 @@ def measure(
     check([task])
     if name != "FP" and not name.endswith(".safetensors"):
         parse_rotation(name)
-    spec = lab._spec("16-16-16" if name == "FP" else bits, "none", method, {})
+    spec = lab.spec("16-16-16" if name == "FP" else bits, "none", method)
     row = {"rotation": name, "seed": seed, "bits": "16-16-16" if name == "FP" else bits}
     row |= {"gamma": str(float(gamma)) if name.startswith("DFRot(") else None}
     row |= {"method": method if spec.weights else None}
@@ -199,7 +200,8 @@ def measure(
         options["yaml"] = files.sha256(FOLDER / f"{task}.yaml")
 
     def found() -> dict[str, Any]:
-        model = lab.lm if name == "FP" else lab._built(name, seed, spec, method, gamma)
+        how = {"bits": bits, "method": method, "gamma": gamma}
+        model = lab.lm if name == "FP" else lab.quantized(name, seed, **how)
         return row | evaluate(
             model, _tokenizer(lab), task, corpus=lab.corpus, items=items, batch=batch
         )

@@ -155,3 +155,18 @@ def test_what_was_merged_before_stays_on_record(saved, tmp_path):
     assert config["dfrot_merged"] == ["gains", "R1", "R2"]
     with pytest.raises(RotationError, match=r"R1.* already merged"):
         checkpoints.merge(second, tmp_path / "third", Rotations(R1=BOTH.R1))
+
+
+def test_a_model_of_another_kind_has_no_head(tmp_path):
+    """A head that is missing is not taken for one that is tied."""
+    config = models.tiny("llama", tied=False).config
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "scores")
+    with pytest.raises(ModelError, match=r"has no tensor lm_head\.weight"):
+        checkpoints.merge(tmp_path / "scores", tmp_path / "out", BOTH)
+
+
+def test_what_is_no_safetensors_file_is_named(saved):
+    _, source = saved()
+    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match="is damaged"):
+        checkpoints.shapes(source)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from dfrot_lab import assets, corpora, downloads, files, hub, manifest
+from dfrot_lab import assets, corpora, downloads, files, hub, manifest, zero_shot
 from dfrot_lab.cli import app
 from dfrot_lab.exports import sources
 
@@ -16,6 +16,7 @@ def own(tmp_path):
     """A profile of a hub model, with a second text in one of its notebooks."""
     path = tmp_path / "own.yml"
     notebooks = {"09_objectives": {"second": "c4"}, "06_reviewers_questions": {"corpora": ["lee"]}}
+    notebooks["10_zero_shot"] = {"tasks": ["last_word", "piqa"]}
     common = {"model": "owner/name", "corpus": "wikitext2"}
     path.write_text(yaml.safe_dump({"base": "smoke", "common": common, "notebooks": notebooks}))
     return path
@@ -33,6 +34,7 @@ def asked(monkeypatch):
         return sources.Source(None, model, "0123abcd")
 
     monkeypatch.setattr(sources, "from_hub", from_hub)
+    monkeypatch.setattr(zero_shot, "fetch", found.append)
     monkeypatch.setattr(corpora, "text", lambda c, split: found.append((c, split)) or "")
     return found
 
@@ -49,7 +51,7 @@ def test_each_is_fetched_once(own, asked, tmp_path):
     done = CliRunner().invoke(app, ["assets", "--profile", str(own), "--out", str(out)])
     assert done.exit_code == 0, done.output
     hub = [(c, s) for c in ("c4", "wikitext2") for s in corpora.SPLITS]
-    assert asked[-5:] == ["owner/name", *hub] and len(set(asked)) == len(asked)
+    assert asked[-6:] == ["owner/name", "piqa", *hub] and len(set(asked)) == len(asked)
     assert files.read_json(out) == {"lee": assets.ASSETS["lee"].sha256, "owner/name": "0123abcd"}
     assert "owner/name: 0123abcd" in done.output
     assert manifest.check_inputs(tmp_path / "results", {}) == {}

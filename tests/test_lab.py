@@ -154,3 +154,21 @@ def test_a_file_named_as_a_refined_rotation_is_not_one(lab, tmp_path, monkeypatc
     r = rotations.random_hadamard(64, 3)
     rotations.save("DFRot-mine.safetensors", r, owners.of("tiny:llama").about)
     assert lab.perplexity("DFRot-mine.safetensors", windows=1)["gamma"] is None
+
+
+def test_what_was_altered_stays_altered_when_it_is_added_to(lab):
+    with kept_files.recording(lab.folder):
+        lab.perplexity("RH", 0, windows=1)
+    (file,) = (lab.folder / "measurements").glob("*.json")
+    file.write_text(file.read_text().replace('"nll"', ' "nll"'))
+    Lab(**SMALL, folder=lab.folder).perplexity("RH", 0, windows=2)
+    name = file.relative_to(lab.folder).as_posix()
+    assert kept_files.check(lab.folder)[name] == "altered"
+
+
+def test_modules_that_are_loaded_keep_their_digest(lab):
+    from dfrot_lab import cayley, results
+
+    found = results._source.cache_info().currsize
+    results.code_digest(cayley.__name__)
+    assert results._source.cache_info().currsize == found  # it was taken when the lab was made

@@ -93,7 +93,7 @@ def lab(profile: str, folder: Path | None, **given):
     own = [str(given[k]) for k in ("model", "corpus") if given.get(k)]
     if own and folder is None:
         name = re.sub(r"[^\w.-]+", "-", "-".join(own)).strip("-.")
-        if name in profiles.names():  # that folder is the profile's
+        if name in (*profiles.names(), Path(profile).stem):  # that folder is the profile's
             name = f"{Path(profile).stem}-{name}"
         folder = Path("results") / name
     return Lab(**values | {"folder": folder or home(profile)})

@@ -33,10 +33,10 @@ def quantize(profile, model, corpus, rotation, gamma, bits, method, seed, folder
     lab = options.quantizing(profile, folder, model=model, corpus=corpus)
     if out.exists():  # before the model is loaded
         raise click.ClickException(f"{out} exists: choose another folder, or delete it")
-    spec = lab._spec(bits, "none", method, {})
+    spec = lab.spec(bits, "none", method)
     quantized_folder.check(out, lab.lm)  # before hours of GPTQ
     with kept_files.recording(lab.folder):
-        built = lab._built(rotation, seed, spec, method, gamma)
+        built = lab.quantized(rotation, seed, bits=bits, method=method, gamma=gamma)
     about = {"model": lab.model, "rotation": rotation, "seed": seed, "bits": bits}
     about |= {"gamma": gamma if rotation.startswith("DFRot(") else None}
     about |= {"method": method if spec.weights else None, "version": __version__}

@@ -142,9 +142,8 @@ def _tensors(folder: Path, shape: _Shape, dtype: str) -> Iterator[tuple[str, np.
     for shard in checkpoints.shards(folder):
         with checkpoints.open_shard(folder / shard) as f:
             for name in f.keys():  # noqa: SIM118 (no mapping)
-                if name.endswith(
-                    "rotary_emb.inv_freq"
-                ):  # a buffer that old ones hold; llama.cpp has none
+                # a buffer that old checkpoints hold, and no tensor of llama.cpp's
+                if name.endswith("rotary_emb.inv_freq"):
                     continue
                 called = names.get_name(name, try_suffixes=(".weight", ".bias"))
                 if called is None:

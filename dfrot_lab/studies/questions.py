@@ -246,7 +246,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             ", ".join(f"{n} {r['ppl']:.2f} at {r['clip']:g}" for n, r in best.items())
             + f" (one seed; sd over seeds, unclipped, {way[OURS]['sd']:.2f})",
             "lower by more than the sd over seeds",
-            best["RH"]["ppl"] - best["DFRot(RH)"]["ppl"] > way[OURS]["sd"],
+            way[OURS]["n"] > 1 and best["RH"]["ppl"] - best["DFRot(RH)"]["ppl"] > way[OURS]["sd"],
         )
     )
     tested = {(r["calibrated"], r["tested"]): r["ppl"] for r in result["transfer"]}
@@ -285,7 +285,8 @@ def claims(result: dict[str, Any]) -> list[Claim]:
             "symmetric in the loop, asymmetric in the evaluation (released code)",
             "; ".join(f"{w} {s['mean']:.2f} ± {s['sd']:.2f}" for w, s in way.items()),
             "means over seeds differ by more than the larger sd",
-            way[SYMMETRIC]["mean"] - way[OURS]["mean"] > max(w["sd"] for w in way.values()),
+            way[OURS]["n"] > 1
+            and way[SYMMETRIC]["mean"] - way[OURS]["mean"] > max(w["sd"] for w in way.values()),
         )
     )
     return out
