@@ -1,8 +1,8 @@
-"""`recommended` held against what notebook 9 leaves out, where nothing was chosen: evaluation windows 3 to 6.
+"""`recommended` beside what notebook 9 leaves out, where nothing was chosen: evaluation windows 3 to 6.
 
     python -m benchmarks.further --out figures/further.json --page docs/optimiser.md
 
-Three tables, over seeds: Whip from RO, third of the screening at 16-4-16, beside RH and the
+Three tables, over seeds: Whip from RO, one of the three best of the screening at 16-4-16, beside RH and the
 presets, with GPTQ as well and on another corpus, which calibrated none of it; R1 refined again on the
 activations of the model it quantizes, and as long again on the old ones; a prefix in the KV cache, with the
 floating-point model as control.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dfrot_lab import downloads, lab, objectives, text_tasks, zero_shot
+from dfrot_lab import downloads, lab, objectives, profiles, text_tasks, zero_shot
 from dfrot_lab.cli import app, options, rotations
 from dfrot_lab.plots import zero_shot as accuracy
 
@@ -71,3 +71,9 @@ def test_no_file_names_a_machine_or_a_registry():
     if found.returncode > 1:
         pytest.skip(f"no checkout of git here: {found.stderr.strip()}")
     assert found.stdout == ""
+
+
+def test_notebook_9_is_published_as_the_demo_profile_runs_it():
+    published = json.loads((ROOT / "figures" / "09_objectives" / "result.json").read_text())
+    asked = profiles.load("demo")["notebooks"]["09_objectives"]
+    assert {k: published["parameters"][k] for k in asked} == asked
