@@ -106,11 +106,16 @@ class Lab(Artefacts):
         measured = {"nll": nll, "ppl": evaluation.Perplexity(nll).value, "kept": kept}
         return row | {"windows": windows - first} | measured
 
+    @staticmethod
+    def told(name: str) -> str:
+        """What tells a rotation from others: its name; of a file, which may change, its SHA-256."""
+        return files.sha256(name) if name.endswith(".safetensors") else name
+
     def rests_on(self, name: str, spec: ModelSpec, method: str) -> dict[str, Any]:
         """What the quantized model of a row rests on besides its own values, for the key of what is kept."""
         out: dict[str, Any] = {}
-        if name.endswith(".safetensors"):
-            out["file"] = files.sha256(name)
+        if (told := self.told(name)) != name:
+            out["file"] = told
         if spec.weights:
             out["clip_steps"] = self.clip_steps
         if spec.static or (spec.weights and method != "rtn"):
@@ -160,9 +165,7 @@ class Lab(Artefacts):
     def _built(self, name, seed, spec, method, gamma) -> nn.Module:
         """The quantized model; rows that differ in activations or KV cache share the last one built."""
         rotation = self.rotations(name, seed, gamma=gamma)
-        # a file may hold another rotation by now
-        which = files.sha256(name) if name.endswith(".safetensors") else name
-        which = (which, seed, spec.weights, method if spec.weights else None, gamma)
+        which = (self.told(name), seed, spec.weights, method if spec.weights else None, gamma)
         exact = spec.weights is not None and method == "gptq"
         tokens = self.weight_tokens if exact or spec.static else None
         if self._kept.get("which") == which:

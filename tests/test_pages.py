@@ -16,7 +16,8 @@ from dfrot_lab.cli import app, options, rotations
 from dfrot_lab.plots import zero_shot as accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES += [ROOT / name / "README.md" for name in ("benchmarks", "binder")]
 ROWS = re.findall(r"^\|.*?\(notebooks/(\w+)\.ipynb\).*$", (ROOT / "README.md").read_text(), re.M)
 
 
@@ -35,7 +36,7 @@ def test_readme_has_a_row_for_every_notebook():
     assert sorted(ROWS) == sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_pages_name_code_and_files_that_exist(page):
     text = page.read_text()
     for name in re.findall(r"`((?:dfrot_lab|dfrot_kernels)(?:\.\w+)+)`", text):

@@ -94,9 +94,8 @@ def by_prefix(lab: Lab, seed: int, which: slice) -> dict[str, Any]:
             return {"ppl": prefix.perplexity(model, rotation, spec, ahead, tokens).value}
 
         plain = unseen.measured(lab, name, seed, which)["ppl"]
-        found = unseen.kept(
-            lab, "prefix", {"rotation": unseen.told(name, seed), "ahead": ahead}, which, measure
-        )
+        about = {"rotation": [lab.told(name), seed], "ahead": ahead}
+        found = unseen.kept(lab, "prefix", about, which, measure, ["dfrot_lab.prefix"])
         out.append({"rotation": label, "plain": plain, "prefixed": float(found["ppl"])})
     return {"prefix": [lab.tokenizer.decode([t]) for t in ahead], "rows": out}
 

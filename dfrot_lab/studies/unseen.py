@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from dfrot_lab import evaluation, files
+from dfrot_lab import evaluation
 from dfrot_lab.lab import Lab
 
-__all__ = ["behind", "kept", "kl", "measured", "told"]
+__all__ = ["behind", "kept", "kl", "measured"]
 
 
 def behind(lab: Lab, windows: int, count: int) -> slice:
@@ -41,17 +41,17 @@ def kl(lab: Lab, file: str, seed: int, which: slice) -> float:
         tokens = lab.evaluation_tokens(which.stop)[which]
         return {"kl": statistics.fmean(evaluation.window_kl(model, lab.lm, w) for w in tokens)}
 
-    return float(kept(lab, "kl", {"rotation": told(file, seed)}, which, measure)["kl"])
+    return float(kept(lab, "kl", {"rotation": [lab.told(file), seed]}, which, measure)["kl"])
 
 
 def kept(
-    lab: Lab, kind: str, options: dict[str, Any], which: slice, measure: Callable[[], dict]
+    lab: Lab,
+    kind: str,
+    options: dict[str, Any],
+    which: slice,
+    measure: Callable[[], dict],
+    code: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What `measure` gives on the evaluation windows `which`, kept beside the perplexities."""
+    """What `measure` gives on the evaluation windows `which`; otherwise as `Lab.kept`."""
     windows = {"windows": [which.start, which.stop]}
-    return lab.kept(kind, options | windows, measure, ["dfrot_lab.prefix"])
-
-
-def told(name: str, seed: int) -> list[Any]:
-    """What tells a rotation from others: its name and seed, or what its file holds."""
-    return [files.sha256(name) if name.endswith(".safetensors") else name, seed]
+    return lab.kept(kind, options | windows, measure, code)
