@@ -68,7 +68,7 @@ def _gap(result: Mapping[str, Any]) -> tuple[str, str, str]:
         _percent(result["closed"]["of_means"]),
         "of the gap between random and Hadamard rotations is gone once massive tokens are kept in "
         "floating point",
-        f"They are {_number(100 * share, '.2f')}{_NBSP}% of all (token, norm) pairs. Perplexity with every "
+        f"They are {_number(100 * share, '.2f')}{_NBSP}% of all (token, site) pairs. Perplexity with every "
         f"token at {_bits(result)}: RO {_number(ppl['RO', 'none'])}, RH {_number(ppl['RH', 'none'])}; "
         f"massive tokens kept: RO {_number(ppl['RO', 'massive'])}, "
         f"RH {_number(ppl['RH', 'massive'])}; floating point {_number(ppl['FP', 'none'])}.",

@@ -274,7 +274,7 @@ def rotation_distance(result: dict[str, Any]) -> Figure:
         ax.plot(
             moved,
             np.full(len(moved), i),
-            MARKER[start],
+            MARKER[f"DFRot({start})"],
             color=COLOUR["DFRot"],
             ms=5,
             mec="white",
